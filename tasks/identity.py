@@ -1,0 +1,179 @@
+"""What makes two runs of a stage the same: its code and its inputs.
+
+    key = sha256(stage name, stage version, digest of its code, canonical inputs, FORMAT_VERSION)
+
+A wrong hit must be impossible, a needless rerun rare. Code is compared as a syntax tree without docstrings, comments and
+positions, of the stage's module and of every first-party module it imports, transitively. Values count by content; fields
+marked `aside` do not count. Library versions are not in the key: a CPU and a GPU machine share results, golden tests guard
+the bytes of each stage, and a stage's `version` is raised when they change.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from typing import Any, cast
+
+from pydantic import BaseModel
+
+from tasks.refs import Artifact, PipelineError
+
+FORMAT_VERSION = 1
+"""Stands for the machinery below the stages; raise it to rerun everything."""
+
+FIRST_PARTY = ("tasks", "flows")
+OUTSIDE = ("tasks.config", "tasks.refs", "tasks.identity", "tasks.store", "tasks.stage", "tasks.engine", "tasks.report")
+"""Config counts by value, report is called outside the cached bodies, FORMAT_VERSION stands for the rest."""
+
+BACKENDS = "tasks.backends."
+"""Of the modules under this package only the chosen ones count; `roots` names them."""
+
+
+def canonical(value: object) -> Any:
+    """The JSON that a stage's input counts as.
+
+    >>> canonical(Artifact(kind="products", digest="ab", rows=3))
+    'ab'
+    >>> canonical({"b": 1, "a": (1.5, None)})
+    {'a': [1.5, None], 'b': 1}
+
+    Raises:
+        TypeError: for a value with no canonical form.
+    """
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, Artifact):
+        return value.digest
+    if isinstance(value, BaseModel):
+        return {name: canonical(getattr(value, name)) for name in sorted(counted_fields(type(value)))}
+    if isinstance(value, Mapping):
+        items = cast("Mapping[str, object]", value)
+        return {key: canonical(items[key]) for key in sorted(items)}
+    if isinstance(value, (list, tuple)):
+        return [canonical(item) for item in cast("Iterable[object]", value)]
+    raise TypeError(f"{type(value).__name__} has no canonical form; pass a config section, a reference or plain values")
+
+
+def counted_fields(model: type[BaseModel]) -> Iterator[str]:
+    """Names of the fields that are not marked `aside`."""
+    for name, field in model.model_fields.items():
+        extra = field.json_schema_extra
+        if not (isinstance(extra, dict) and extra.get("aside")):
+            yield name
+
+
+def stage_key(name: str, version: int, code: Mapping[str, str], inputs: object) -> str:
+    """SHA-256 (64 hex digits) of everything that decides a stage's output."""
+    text = json.dumps([FORMAT_VERSION, name, version, code, inputs], sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def code_digests(roots: Iterable[str]) -> dict[str, str]:
+    """{module: digest of its code} for the modules and all first-party modules that they import.
+
+    A module under `tasks.backends.` is followed only from another one: name the chosen backend among the roots.
+
+    Raises:
+        PipelineError: when a module's source can't be read.
+    """
+    found: dict[str, str] = {}
+    waiting = sorted(roots)
+    while waiting:
+        module = waiting.pop()
+        if module in found:
+            continue
+        found[module] = module_digest(module)
+        waiting.extend(name for name in imported_modules(module) if _counts(name, module))
+    return dict(sorted(found.items()))
+
+
+def _counts(module: str, importer: str) -> bool:
+    if module in OUTSIDE:
+        return False
+    return not module.startswith(BACKENDS) or importer.startswith(BACKENDS)
+
+
+@cache
+def module_digest(module: str) -> str:
+    """SHA-256 of a module's code; equal on Python 3.11 to 3.13, for a checkout and an installed wheel."""
+    return hashlib.sha256(json.dumps(_without_docstrings(ast.parse(_source(module))), ensure_ascii=False).encode()).hexdigest()
+
+
+@cache
+def imported_modules(module: str) -> tuple[str, ...]:
+    """First-party modules named by the import statements anywhere in a module, parents included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(_source(module))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = _absolute(node, module)
+            names.add(base)
+            if _is_package(base):
+                names.update(f"{base}.{alias.name}" for alias in node.names)
+    parents = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
+    return tuple(sorted(name for name in names | parents if name.split(".")[0] in FIRST_PARTY and _spec(name)))
+
+
+def _absolute(node: ast.ImportFrom, module: str) -> str:
+    if not node.level:
+        return node.module or ""
+    package = module if _is_package(module) else module.rpartition(".")[0]
+    return importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+
+
+def _is_package(module: str) -> bool:
+    spec = _spec(module)
+    return spec is not None and spec.submodule_search_locations is not None
+
+
+def _spec(module: str) -> ModuleSpec | None:
+    return importlib.util.find_spec(module) if module.split(".")[0] in FIRST_PARTY else None
+
+
+def _source(module: str) -> str:
+    spec = _spec(module)
+    loader = spec.loader if spec else None
+    source = loader.get_source(module) if isinstance(loader, SourceFileLoader) else None
+    if source is None:
+        raise PipelineError(f"{module}: source not found; its code decides what is cached. Install amazon-ft with its .py files.")
+    return source
+
+
+def _without_docstrings(node: ast.AST) -> list[Any]:
+    """A syntax tree as nested lists, without docstrings, positions, None fields and empty lists.
+
+    Leaving out what is empty makes the tree equal across Python versions, which add optional fields to nodes.
+    """
+    fields: list[Any] = []
+    for name, value in ast.iter_fields(node):
+        if isinstance(value, list):
+            items = cast("list[object]", value)
+            if name == "body" and _is_docstring(items):
+                items = items[1:]
+            value = [_without_docstrings(item) if isinstance(item, ast.AST) else _constant(item) for item in items]
+        elif isinstance(value, ast.AST):
+            value = _without_docstrings(value)
+        elif value is not None or (isinstance(node, ast.Constant) and name == "value"):
+            value = _constant(value)
+        if value is not None and value != []:
+            fields.append([name, value])
+    return [type(node).__name__, fields]
+
+
+def _is_docstring(body: list[object]) -> bool:
+    return (
+        bool(body)
+        and isinstance(body[0], ast.Expr)
+        and isinstance(body[0].value, ast.Constant)
+        and isinstance(body[0].value.value, str)
+    )
+
+
+def _constant(value: object) -> str:
+    return f"{type(value).__name__}:{value!r}"

@@ -1,0 +1,360 @@
+"""`@stage`: a function as a cached, verified, explained Prefect task.
+
+    @stage(version=1)
+    def ingest(source: Source, config: IngestConfig) -> Products: ...
+
+    ingest(source, config)          inside a run: Prefect task, or its cached result
+    ingest.fn(source, config)       the plain function, without engine and cache
+    with planning(name) as plan:    nothing runs: each call is answered from its record, or with `Unknown`
+
+The record of a stage is the task's Prefect result, stored by key under AMAZON_FT_HOME/records. It is honoured only if its
+artifacts are intact: the serializer refuses others, which Prefect takes for a miss.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast, get_type_hints
+
+from pydantic import BaseModel
+
+from tasks import store
+from tasks.identity import canonical, code_digests, stage_key
+from tasks.refs import Artifact, home
+from tasks.store import Missing, Verify
+
+if TYPE_CHECKING:
+    from prefect import Task
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R", bound=BaseModel)
+
+_verify: ContextVar[Verify] = ContextVar("verify", default="full")
+_key: ContextVar[str] = ContextVar("key")
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Stands for the output of a stage that will run; so does everything read from it."""
+
+    until: str
+
+    def __getattr__(self, name: str) -> Unknown:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is known of one stage call before it happens."""
+
+    name: str
+    state: str
+    """`cached`, `run` or `unknown`."""
+    reason: str
+    rows: int = 0
+    key: str | None = None
+    artifact: Artifact | None = None
+
+
+@dataclass
+class Plan:
+    """The steps of a run that has not happened."""
+
+    recipe: str
+    steps: list[Step] = field(default_factory=list[Step])
+
+
+_plan: ContextVar[Plan | None] = ContextVar("plan", default=None)
+
+
+@contextmanager
+def planning(recipe: str) -> Generator[Plan]:
+    """Answer stage calls from their records instead of running them; reasons compare with the recipe's last run."""
+    plan = Plan(recipe)
+    token = _plan.set(plan)
+    try:
+        yield plan
+    finally:
+        _plan.reset(token)
+
+
+def is_planning() -> bool:
+    """Whether stage calls are only being planned."""
+    return _plan.get() is not None
+
+
+@contextmanager
+def verifying(how: Verify) -> Generator[None]:
+    """Check cached artifacts by full digest or by size for the block."""
+    token = _verify.set(how)
+    try:
+        yield
+    finally:
+        _verify.reset(token)
+
+
+def current_key() -> str:
+    """The key of the stage that is running; names its work directory."""
+    return _key.get()
+
+
+def stage(
+    *,
+    version: int,
+    chosen: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda inputs: (),
+    progress: Callable[[str], str | None] = lambda key: None,
+) -> Callable[[Callable[P, R]], Stage[P, R]]:
+    """Make a stage of a function whose parameters are references, config sections and plain values.
+
+    Args:
+        version: raise it when the stage's bytes change for a reason that its code does not show.
+        chosen: names further modules whose code counts, from the inputs; for a backend.
+        progress: says what an unfinished run with that key left behind, such as "resumable from step 50".
+    """
+    return lambda fn: Stage(fn, version, chosen, progress)
+
+
+class Stage(Generic[P, R]):
+    """A stage: call it inside a run; `fn` is the bare function."""
+
+    def __init__(
+        self,
+        fn: Callable[P, R],
+        version: int,
+        chosen: Callable[[Mapping[str, Any]], tuple[str, ...]],
+        progress: Callable[[str], str | None],
+    ) -> None:
+        self.name = fn.__name__
+        self.fn = fn
+        self.version = version
+        self._chosen = chosen
+        self._progress = progress
+        self._signature = inspect.signature(fn)
+        self.__doc__ = fn.__doc__
+        code_digests([fn.__module__])  # read the source now, while it is what was imported
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Serve the stage from its record, or run it as a Prefect task.
+
+        Raises:
+            PipelineError: what the stage raises for the user's mistakes.
+        """
+        inputs = self._bind(*args, **kwargs)
+        if (plan := _plan.get()) is not None:
+            return cast("R", self._foresee(inputs, plan))
+        return self._perform(inputs)
+
+    def code(self, inputs: Mapping[str, Any]) -> dict[str, str]:
+        """{module: digest} of the code that counts for these inputs."""
+        return code_digests([self.fn.__module__, *self._chosen(inputs)])
+
+    def key(self, inputs: Mapping[str, Any]) -> str:
+        """The identity of this call."""
+        return stage_key(self.name, self.version, self.code(inputs), canonical(inputs))
+
+    def lookup(self, *args: P.args, **kwargs: P.kwargs) -> R | None:
+        """The recorded result if this call would be served from the cache."""
+        try:
+            return self.recorded(self.key(self._bind(*args, **kwargs)))
+        except Missing:
+            return None
+
+    def recorded(self, key: str) -> R:
+        """The recorded result of a key, its artifacts verified.
+
+        Raises:
+            Missing: with the reason why there is nothing to serve.
+        """
+        try:
+            blob = json.loads((home() / "records" / key).read_bytes())["result"]
+            value = self.returns.model_validate_json(blob)
+        except FileNotFoundError:
+            raise Missing("not run yet") from None
+        except (OSError, ValueError, KeyError):
+            raise Missing(f"record corrupt: records/{key}") from None
+        check(value)
+        return value
+
+    @cached_property
+    def returns(self) -> type[R]:
+        """The reference type that the stage returns."""
+        return get_type_hints(self.fn)["return"]
+
+    @cached_property
+    def task(self) -> Task[..., R]:
+        """The Prefect task; made on first use, so that planning needs no Prefect."""
+        from tasks.engine import make_task
+
+        return make_task(self)
+
+    def execute(self, inputs: Mapping[str, Any]) -> R:
+        """The body of the Prefect task: the function, knowing its key."""
+        token = _key.set(self.key(inputs))
+        try:
+            with store.space_checked(home()):
+                return cast("Callable[..., R]", self.fn)(**inputs)
+        finally:
+            _key.reset(token)
+
+    def _bind(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
+
+    def _foresee(self, inputs: Mapping[str, Any], plan: Plan) -> R | Unknown:
+        waiting = next((value.until for value in inputs.values() if isinstance(value, Unknown)), None)
+        if waiting:
+            plan.steps.append(Step(self.name, "unknown", f"unknown until {waiting}"))
+            return Unknown(waiting)
+        key = self.key(inputs)
+        try:
+            value = self.recorded(key)
+        except Missing as miss:
+            plan.steps.append(Step(self.name, "run", self._explain(key, inputs, str(miss)), key=key))
+            return Unknown(self.name)
+        plan.steps.append(Step(self.name, "cached", "", rows=_main(value).rows, key=key, artifact=_main(value)))
+        return value
+
+    def _perform(self, inputs: dict[str, Any]) -> R:
+        key = self.key(inputs)
+        entry: dict[str, Any] = {"name": self.name, "key": key, "code": self.code(inputs), "inputs": canonical(inputs)}
+        try:
+            self.recorded(key)
+            entry |= {"state": "cached", "reason": "" if _verify.get() == "full" else "verified by size only"}
+        except Missing as miss:
+            entry |= {"state": "running", "reason": self._explain(key, inputs, str(miss))}
+            logger.info("%s runs: %s", self.name, entry["reason"])
+        started = time.monotonic()
+        with _entered(entry):
+            from tasks.engine import run_task
+
+            value = run_task(self, inputs)
+            seconds = time.monotonic() - started
+            main = _main(value)
+            entry |= {
+                "rows": main.rows,
+                "digest": main.digest,
+                "path": str(main.path.relative_to(home())),
+                "seconds": round(seconds, 3),
+            }
+            entry["state"] = "cached" if entry["state"] == "cached" else "completed"
+        logger.info("%s %s: %s rows in %.1f s", self.name, entry["state"], f"{main.rows:,}", seconds)
+        return value
+
+    def _explain(self, key: str, inputs: Mapping[str, Any], miss: str) -> str:
+        """Why a key has nothing to serve: what changed since this stage last ran, or what became of its output."""
+        left = self._progress(key)
+        if miss != "not run yet":
+            return miss
+        before = _last_entry(self.name, *_run_and_recipe())
+        if before is None:
+            return "first run" + (f"; {left}" if left else "")
+        if before["key"] == key:
+            return "did not finish last time" + (f"; {left}" if left else "")
+        changes = [*_code_changes(before["code"], self.code(inputs)), *_changes("", before["inputs"], canonical(inputs))]
+        return "; ".join(changes or ["stage version changed"]) + (f"; {left}" if left else "")
+
+
+@contextmanager
+def _entered(entry: dict[str, Any]) -> Generator[None]:
+    """Keep the entry in the present run's record, as failed if the block raises."""
+    run = store.current_run()
+    if run is not None:
+        run.stages.append(entry)
+        run.write()
+    try:
+        yield
+    except BaseException:
+        entry["state"] = "failed"
+        raise
+    finally:
+        if run is not None:
+            run.write()
+
+
+def check(value: BaseModel) -> None:
+    """Verify every artifact that a recorded result names.
+
+    Raises:
+        Missing: naming what is missing or damaged.
+    """
+    artifacts = list(_artifacts(value))
+    store.use(*artifacts)
+    for artifact in artifacts:
+        store.verify(artifact, _verify.get())
+
+
+def _artifacts(value: BaseModel) -> Iterator[Artifact]:
+    if isinstance(value, Artifact):
+        yield value
+        return
+    for name in type(value).model_fields:
+        item = getattr(value, name)
+        if isinstance(item, BaseModel):
+            yield from _artifacts(item)
+
+
+def _main(value: BaseModel) -> Artifact:
+    """The first artifact of a result: the one whose rows and digest stand for it."""
+    return next(_artifacts(value), Artifact(kind="none", digest=""))
+
+
+def _run_and_recipe() -> tuple[str | None, str | None]:
+    plan, run = _plan.get(), store.current_run()
+    if plan is not None:
+        return None, plan.recipe
+    return (run.id, run.recipe) if run is not None else (None, None)
+
+
+def _last_entry(name: str, run: str | None, recipe: str | None) -> dict[str, Any] | None:
+    """The newest entry of a stage in past runs, those of the same recipe first."""
+    runs = sorted((past for past in store.past_runs() if past["id"] != run), key=lambda past: past["recipe"] != recipe)
+    return next((entry for past in runs for entry in past["stages"] if entry["name"] == name), None)
+
+
+def _code_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    return [
+        f"code changed: {module.replace('.', '/')}.py"
+        for module in sorted({*before, *now})
+        if before.get(module) != now.get(module)
+    ]
+
+
+def _changes(where: str, before: Any, now: Any) -> list[str]:
+    """Dotted paths of what differs, with both values.
+
+    >>> _changes("", {"config": {"seed": 1, "rows": 5}}, {"config": {"seed": 2, "rows": 5}})
+    ['config.seed 1 -> 2']
+    """
+    if before == now:
+        return []
+    if isinstance(before, dict) and isinstance(now, dict):
+        old, new = cast("dict[str, Any]", before), cast("dict[str, Any]", now)
+        return [
+            line
+            for name in sorted({*old, *new})
+            for line in _changes(f"{where}.{name}".lstrip("."), old.get(name), new.get(name))
+        ]
+    return [f"{where} {_short(before)} -> {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str) and len(value) == 64 and not set(value) - set("0123456789abcdef"):
+        return value[:8]
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+__all__ = ["Plan", "Stage", "Step", "Unknown", "check", "current_key", "is_planning", "planning", "stage", "verifying"]
