@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from flows.train import train
 from tasks.catalogue import catalogue
-from tasks.config import Recipe
 from tasks.ingest import ingest, locate_source
 from tasks.model import base_model
 from tasks.pack import pack
-from tasks.refs import SavedModel
 from tasks.sample import sample
 from tasks.save import save
 from tasks.sharegpt import sharegpt
 from tasks.template import template
 from tasks.tokenize import tokenize
+
+from flows.train import train
+from tasks.config import Recipe
+from tasks.refs import SavedModel
 
 
 def pipeline(recipe: Recipe) -> SavedModel:

@@ -41,7 +41,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 def aside(default: Any = ..., **constraints: Any) -> Any:
     """A field that says how or where, not what: it never reruns a stage."""
-    return Field(default, json_schema_extra={"aside": True}, **constraints)
+    return Field(default=default, json_schema_extra={"aside": True}, **constraints)
 
 
 class Section(BaseModel):
@@ -53,10 +53,10 @@ class Section(BaseModel):
 class CatalogueConfig(Section):
     """A generated product catalogue with the true file's format and defects (tasks/catalogue.py)."""
 
-    rows: int = Field(3000, ge=10, le=50_000_000)
+    rows: int = Field(default=3000, ge=10, le=50_000_000)
     """Lines to write, defects included."""
     seed: Seed = 7
-    malformed_lines: int = Field(3, ge=0)
+    malformed_lines: int = Field(default=3, ge=0)
     """How many of the lines are broken JSON."""
 
 
@@ -80,7 +80,7 @@ class IngestConfig(Section):
     on_bad_row: Literal["fail", "quarantine"] = "fail"
     """`fail` stops at the first bad line; `quarantine` sets bad lines aside, up to `max_bad_share`."""
     max_bad_share: Share = 0.01
-    max_line_bytes: int = Field(16 * 2**20, ge=1024, le=2**30)
+    max_line_bytes: int = Field(default=16 * 2**20, ge=1024, le=2**30)
     drop_empty_title: bool = True
     drop_empty_content: bool = True
     drop_duplicates: bool = True
@@ -96,9 +96,9 @@ class IngestConfig(Section):
 class SampleConfig(Section):
     """Seeded shuffle and selection: `shuffle(seed).select(range(rows))` of the document."""
 
-    rows: int = Field(100_000, ge=1)
+    rows: int = Field(default=100_000, ge=1)
     seed: Seed = 42
-    eval_rows: int = Field(500, ge=0)
+    eval_rows: int = Field(default=500, ge=0)
     """Held-out products; 0 for none, which leaves nothing to evaluate on."""
     eval_seed: Seed = 1
     eval_split: Literal["before", "after"] = "before"
@@ -112,7 +112,7 @@ class SharegptConfig(Section):
     merged_prompt: NonEmpty = "Título do produto: {title}"
     """Text with {column} fields and `[[optional {column}]]` blocks."""
     output_column: Literal["title", "content"] = "content"
-    conversation_extension: int = Field(3, ge=1, le=32)
+    conversation_extension: int = Field(default=3, ge=1, le=32)
     """Turns per conversation; turn j > 0 of row i is row `default_rng(seed + j).permutation(n)[i]`."""
     seed: Seed = 3407
 
@@ -134,7 +134,7 @@ class TemplateConfig(Section):
 class TokenizeConfig(Section):
     """Text to token ids and labels."""
 
-    max_tokens: int = Field(2048, ge=16, le=131_072)
+    max_tokens: int = Field(default=2048, ge=16, le=131_072)
     """Longest row; also the model's max_seq_length."""
     loss_on: Literal["answers", "everything"] = "answers"
     on_overlength: Literal["drop", "truncate", "cut", "error"] = "drop"
@@ -147,18 +147,18 @@ class TokenizeConfig(Section):
 class PackConfig(Section):
     """Rows to packs of a fixed length, without cross-contamination."""
 
-    tokens: int = Field(8192, ge=32, le=1_048_576)
+    tokens: int = Field(default=8192, ge=32, le=1_048_576)
     """Length of a pack; at least tokenize.max_tokens."""
 
 
 class LoraSection(Section):
     """The adapter (DESIGN: document item 8)."""
 
-    r: int = Field(16, ge=1, le=1024)
-    alpha: int = Field(16, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    r: int = Field(default=16, ge=1, le=1024)
+    alpha: int = Field(default=16, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     bias: Literal["none", "all", "lora_only"] = "none"
-    target_modules: tuple[NonEmpty, ...] = Field(LORA_TARGETS, min_length=1)
+    target_modules: tuple[NonEmpty, ...] = Field(default=LORA_TARGETS, min_length=1)
     use_rslora: bool = False
     random_state: Seed = 3407
 
@@ -168,26 +168,26 @@ class FinetuneConfig(Section):
 
     backend: Literal["hf", "unsloth"] = "unsloth"
     lora: LoraSection = LoraSection()
-    epochs: float = Field(3.0, gt=0)
+    epochs: float = Field(default=3.0, gt=0)
     """Used when max_steps is null."""
-    max_steps: int | None = Field(1000, ge=1)
+    max_steps: int | None = Field(default=1000, ge=1)
     """Optimizer steps; overrides epochs, as in the document."""
-    batch_size: int = Field(2, ge=1)
+    batch_size: int = Field(default=2, ge=1)
     """Rows per device and micro-step."""
-    gradient_accumulation: int = Field(4, ge=1)
-    learning_rate: float = Field(2e-4, gt=0, le=1)
-    warmup_steps: int = Field(100, ge=0)
+    gradient_accumulation: int = Field(default=4, ge=1)
+    learning_rate: float = Field(default=2e-4, gt=0, le=1)
+    warmup_steps: int = Field(default=100, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     optimizer: Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused"] = "adamw_8bit"
-    weight_decay: float = Field(0.01, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     gradient_checkpointing: Literal["unsloth", "on", "off"] = "unsloth"
     seed: Seed = 3407
-    logging_steps: int = Field(10, ge=1)
-    save_steps: int = Field(100, ge=1)
+    logging_steps: int = Field(default=10, ge=1)
+    save_steps: int = Field(default=100, ge=1)
     """A checkpoint every so many steps; a multiple of logging_steps, so that a resumed run logs the same means."""
     keep_checkpoints: int = aside(2, ge=1)
-    max_loss: float = Field(50.0, gt=0)
+    max_loss: float = Field(default=50.0, gt=0)
     """A logged loss above this, or NaN, stops the training as diverged."""
     num_workers: int = aside(0, ge=0)
     """Data loader processes."""
@@ -202,10 +202,10 @@ class FinetuneConfig(Section):
 class EvaluateConfig(Section):
     """Base model against tuned model on the held-out rows."""
 
-    generations: int = Field(16, ge=0)
+    generations: int = Field(default=16, ge=0)
     """Greedy answers of both models, stored side by side."""
-    max_new_tokens: int = Field(128, ge=1)
-    batch_size: int = Field(8, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1)
+    batch_size: int = Field(default=8, ge=1)
     seed: Seed = 3407
     """Chooses the rows to generate for."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import httpx
-from prefect import Task, task
+from prefect import Task
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.serializers import Serializer
 from pydantic import BaseModel
@@ -29,7 +30,7 @@ TRANSIENT = (ConnectionError, TimeoutError, httpx.TransportError)
 class RecordSerializer(Serializer):  # pyright: ignore[reportMissingTypeArgument]  # parametrised, Prefect finds no dispatch key
     """A stage's reference as JSON; refuses to load one whose artifacts are not intact, which Prefect takes for a miss."""
 
-    type: Literal["amazon-ft-record"] = "amazon-ft-record"
+    type: Literal["amazon-ft-record"] = "amazon-ft-record"  # pyright: ignore[reportIncompatibleVariableOverride]
     returns: str
     """module:class of the reference."""
 
@@ -54,11 +55,11 @@ def make_task(stage: Stage[..., R]) -> Task[..., R]:
     def body(*args: Any, **kwargs: Any) -> R:
         return stage.execute(signature(stage.fn).bind(*args, **kwargs).arguments)
 
-    made = task(
-        body,
+    return Task(
+        fn=cast("Callable[..., R]", body),
         name=stage.name,
         description=stage.__doc__,
-        cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda context, inputs: stage.key(inputs)),
+        cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda _, inputs: stage.key(inputs)),
         persist_result=True,
         result_serializer=RecordSerializer(returns=stage.returns.__name__),
         cache_result_in_memory=False,
@@ -66,7 +67,6 @@ def make_task(stage: Stage[..., R]) -> Task[..., R]:
         retry_delay_seconds=RETRY_DELAYS_SECONDS,
         retry_condition_fn=_is_transient,
     )
-    return cast("Task[..., R]", made)
 
 
 def run_task(stage: Stage[..., R], inputs: dict[str, Any]) -> R:
@@ -75,7 +75,7 @@ def run_task(stage: Stage[..., R], inputs: dict[str, Any]) -> R:
     return named(**inputs)
 
 
-def _is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+def _is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     try:
         state.result()
     except PipelineError:

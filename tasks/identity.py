@@ -152,27 +152,30 @@ def _without_docstrings(node: ast.AST) -> list[Any]:
     """
     fields: list[Any] = []
     for name, value in ast.iter_fields(node):
-        if isinstance(value, list):
-            items = cast("list[object]", value)
-            if name == "body" and _is_docstring(items):
-                items = items[1:]
-            value = [_without_docstrings(item) if isinstance(item, ast.AST) else _constant(item) for item in items]
-        elif isinstance(value, ast.AST):
-            value = _without_docstrings(value)
-        elif value is not None or (isinstance(node, ast.Constant) and name == "value"):
-            value = _constant(value)
-        if value is not None and value != []:
-            fields.append([name, value])
+        plain = _plain(name, value)
+        if isinstance(node, ast.Constant) and name == "value":
+            plain = _constant(value)
+        if plain is not None and plain != []:
+            fields.append([name, plain])
     return [type(node).__name__, fields]
 
 
+def _plain(name: str, value: object) -> Any:
+    if isinstance(value, list):
+        items = cast("list[object]", value)
+        kept = items[1:] if name == "body" and _is_docstring(items) else items
+        return [_plain("", item) for item in kept]
+    if isinstance(value, ast.AST):
+        return _without_docstrings(value)
+    return None if value is None else _constant(value)
+
+
 def _is_docstring(body: list[object]) -> bool:
-    return (
-        bool(body)
-        and isinstance(body[0], ast.Expr)
-        and isinstance(body[0].value, ast.Constant)
-        and isinstance(body[0].value.value, str)
-    )
+    match body:
+        case [ast.Expr(value=ast.Constant(value=str())), *_]:
+            return True
+        case _:
+            return False
 
 
 def _constant(value: object) -> str:

@@ -113,8 +113,8 @@ def current_key() -> str:
 def stage(
     *,
     version: int,
-    chosen: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda inputs: (),
-    progress: Callable[[str], str | None] = lambda key: None,
+    chosen: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda _: (),
+    progress: Callable[[str], str | None] = lambda _: None,
 ) -> Callable[[Callable[P, R]], Stage[P, R]]:
     """Make a stage of a function whose parameters are references, config sections and plain values.
 

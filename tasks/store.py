@@ -38,7 +38,7 @@ RACY_SECONDS = 0.1
 Verify = Literal["full", "size"]
 
 
-class Missing(Exception):
+class Missing(Exception):  # noqa: N818  # an outcome, not an error
     """An artifact or record can't be served; the message says why."""
 
 
@@ -144,10 +144,10 @@ def _seal(draft: Draft, kind: str) -> Artifact:
         return artifact
     artifact.path.parent.mkdir(parents=True, exist_ok=True)
     if artifact.path.exists():
-        os.replace(artifact.path, draft.path.with_suffix(".damaged"))
+        artifact.path.replace(draft.path.with_suffix(".damaged"))
         shutil.rmtree(draft.path.with_suffix(".damaged"), ignore_errors=True)
     try:
-        os.replace(draft.path, artifact.path)
+        draft.path.replace(artifact.path)
     except OSError as error:  # another run published the same bytes in between
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
@@ -174,7 +174,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     draft = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         _write_synced(draft, data)
-        os.replace(draft, path)
+        draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -307,6 +307,7 @@ class Run:
 
     @property
     def file(self) -> Path:
+        """Where the record lies."""
         return home() / "runs" / f"{self.id}.json"
 
     def write(self) -> None:

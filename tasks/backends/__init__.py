@@ -1,0 +1,1 @@
+"""What trains: one Protocol, one module a library. Heavy imports stay inside the functions."""
