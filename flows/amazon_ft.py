@@ -1,31 +1,32 @@
-"""The parent flow: from a product file to a fine-tuned model, one call per stage."""
+"""The parent flow amazon-ft: `prefect deployment run amazon-ft/default`."""
 
 from __future__ import annotations
 
-from tasks.catalogue import catalogue
-from tasks.ingest import ingest, locate_source
-from tasks.model import base_model
-from tasks.pack import pack
-from tasks.sample import sample
-from tasks.save import save
-from tasks.sharegpt import sharegpt
-from tasks.template import template
-from tasks.tokenize import tokenize
+from contextlib import suppress
 
-from flows.train import train
+from prefect import flow
+from tasks.save import publish_link
+
+from flows.pipeline import pipeline
+from flows.recipes import build_recipe
+from tasks import store
 from tasks.config import Recipe
 from tasks.refs import SavedModel
+from tasks.stage import StageReached, ending_with
 
 
-def pipeline(recipe: Recipe) -> SavedModel:
-    """The whole story; stage calls run, or are planned (tasks/stage.py)."""
-    source = catalogue(recipe.catalogue) if recipe.catalogue else locate_source(recipe.ingest.sources)
-    model = base_model(recipe.model)
-    products = ingest(source, recipe.ingest)
-    split = sample(products, recipe.sample)
-    conversations = sharegpt(split, recipe.sharegpt)
-    texts = template(conversations, model.tokenizer.special, recipe.template)
-    tokens = tokenize(texts, model.tokenizer, recipe.tokenize)
-    batches = pack(tokens.train, recipe.pack) if recipe.pack else tokens.train
-    adapter, evaluation = train(recipe, model, batches, tokens.evaluation, texts.evaluation)
-    return save(adapter, evaluation, texts.template, model, recipe.save)
+@flow(name="amazon-ft", flow_run_name="{config.name} {config.sample.rows}")
+def amazon_ft(config: Recipe, overrides: tuple[str, ...] = (), until: str | None = None) -> SavedModel | None:
+    """From a product file to a fine-tuned model.
+
+    Args:
+        config: the recipe.
+        overrides: single values to change, such as `finetune.learning_rate=1e-4`.
+        until: the stage to end with; None for all.
+    """
+    recipe = build_recipe(config.model_dump(mode="json"), overrides)
+    with store.run_record(recipe.name, recipe.model_dump(mode="json")), ending_with(until), suppress(StageReached):
+        saved = pipeline(recipe)
+        publish_link(saved, recipe.name)
+        return saved
+    return None

@@ -31,7 +31,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from tasks.config import aside
 
@@ -173,3 +173,20 @@ class SavedModel(Value):
 
     data: Artifact
     name: str = aside()
+
+
+class StageRecord(Value):
+    """How one stage call of a run came out."""
+
+    name: str
+    key: str
+    digest: str
+    rows: int
+
+
+class Lineage(Value):
+    """Where a saved model comes from; it is told, never counted."""
+
+    recipe: dict[str, JsonValue] = aside(default={})
+    """The full configuration of the run that made it."""
+    stages: tuple[StageRecord, ...] = aside(default=())

@@ -28,7 +28,7 @@ from pydantic import BaseModel
 
 from tasks import store
 from tasks.identity import canonical, code_digests, stage_key
-from tasks.refs import Artifact, home
+from tasks.refs import Artifact, Lineage, StageRecord, home
 from tasks.store import Missing, Verify
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ R = TypeVar("R", bound=BaseModel)
 
 _verify: ContextVar[Verify] = ContextVar("verify", default="full")
 _key: ContextVar[str] = ContextVar("key")
+_until: ContextVar[str | None] = ContextVar("until", default=None)
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,30 @@ def verifying(how: Verify) -> Generator[None]:
         _verify.reset(token)
 
 
+class StageReached(Exception):  # noqa: N818  # the wish of the user, not an error
+    """The stage that the run was to end with is done."""
+
+
+@contextmanager
+def ending_with(name: str | None) -> Generator[None]:
+    """Raise StageReached once the named stage is done."""
+    token = _until.set(name)
+    try:
+        yield
+    finally:
+        _until.reset(token)
+
+
+def lineage() -> Lineage:
+    """The stage calls of the present run so far, and its recipe."""
+    run = store.current_run()
+    if run is None:
+        return Lineage()
+    done = [entry for entry in run.stages if "digest" in entry]
+    fields = StageRecord.model_fields
+    return Lineage(recipe=run.config, stages=tuple(StageRecord(**{name: entry[name] for name in fields}) for entry in done))
+
+
 def current_key() -> str:
     """The key of the stage that is running; names its work directory."""
     return _key.get()
@@ -154,7 +179,10 @@ class Stage(Generic[P, R]):
         inputs = self._bind(*args, **kwargs)
         if (plan := _plan.get()) is not None:
             return cast("R", self._foresee(inputs, plan))
-        return self._perform(inputs)
+        value = self._perform(inputs)
+        if _until.get() == self.name:
+            raise StageReached
+        return value
 
     def code(self, inputs: Mapping[str, Any]) -> dict[str, str]:
         """{module: digest} of the code that counts for these inputs."""
@@ -357,4 +385,18 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-__all__ = ["Plan", "Stage", "Step", "Unknown", "check", "current_key", "is_planning", "planning", "stage", "verifying"]
+__all__ = [
+    "Plan",
+    "Stage",
+    "StageReached",
+    "Step",
+    "Unknown",
+    "check",
+    "current_key",
+    "ending_with",
+    "is_planning",
+    "lineage",
+    "planning",
+    "stage",
+    "verifying",
+]

@@ -1,0 +1,42 @@
+"""The story: from a product file to a fine-tuned model, one call per stage. Needs no Prefect, so that it can be planned."""
+
+from __future__ import annotations
+
+from tasks.catalogue import catalogue
+from tasks.ingest import ingest, locate_source
+from tasks.model import base_model
+from tasks.pack import pack
+from tasks.sample import sample
+from tasks.save import save
+from tasks.sharegpt import sharegpt
+from tasks.template import template
+from tasks.tokenize import tokenize
+
+from flows.dispatch import tune
+from tasks.config import Recipe
+from tasks.refs import SavedModel
+from tasks.stage import Plan, lineage, planning, verifying
+
+STAGES = ("ingest", "sample", "sharegpt", "template", "tokenize", "pack", "finetune", "evaluate", "save")
+
+
+def pipeline(recipe: Recipe) -> SavedModel:
+    """All stages of a recipe; each call runs, is served from its record, or is only planned (tasks/stage.py)."""
+    with verifying(recipe.cache.verify):
+        source = catalogue(recipe.catalogue) if recipe.catalogue else locate_source(recipe.ingest.sources)
+        model = base_model(recipe.model)
+        products = ingest(source, recipe.ingest)
+        split = sample(products, recipe.sample)
+        conversations = sharegpt(split, recipe.sharegpt)
+        texts = template(conversations, model.tokenizer.special, recipe.template)
+        tokens = tokenize(texts, model.tokenizer, recipe.tokenize)
+        batches = pack(tokens.train, recipe.pack) if recipe.pack else tokens.train
+        adapter, evaluation = tune(recipe, model, batches, tokens.evaluation, texts.evaluation)
+        return save(adapter, evaluation, texts.template, model, recipe.save, lineage())
+
+
+def plan(recipe: Recipe) -> Plan:
+    """What a run of the recipe would do, and why; nothing is run."""
+    with planning(recipe.name) as found:
+        pipeline(recipe)
+    return found

@@ -1,0 +1,100 @@
+"""Recipes by name or file, with `--set a.b=c` overrides; every mistake reported at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from tasks.config import Recipe
+from tasks.refs import ConfigError
+
+SHIPPED = Path(__file__).parents[1] / "deployments" / "recipes"
+"""Beside the packages, in a checkout as in an installed wheel."""
+
+
+def shipped_names() -> list[str]:
+    """Names of the recipes that come with amazon-ft."""
+    return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+
+
+def load_recipe(name_or_file: str, overrides: Iterable[str] = ()) -> Recipe:
+    """A shipped recipe by name, or any YAML file, with overrides applied.
+
+    Raises:
+        ConfigError: naming every unknown key, wrong type, value out of bounds and impossible combination.
+    """
+    return build_recipe(_read(name_or_file), overrides, where=f"recipe {name_or_file}")
+
+
+def build_recipe(settings: dict[str, Any], overrides: Iterable[str] = (), *, where: str = "recipe") -> Recipe:
+    """A validated recipe from plain settings and overrides.
+
+    Raises:
+        ConfigError: as load_recipe.
+    """
+    for override in overrides:
+        _apply(settings, override)
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        lines = [f"  {line}" for detail in error.errors() for line in _explain(detail)]
+        raise ConfigError("\n".join([f"{where}: {len(lines)} problem{'s' * (len(lines) > 1)}:", *lines])) from error
+
+
+def _read(name_or_file: str) -> dict[str, Any]:
+    path = Path(name_or_file)
+    if path.suffix not in (".yaml", ".yml"):
+        path = SHIPPED / f"{name_or_file}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"recipe {name_or_file}: not found; expected one of {', '.join(shipped_names())} or a .yaml file")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path}: not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"recipe {path}: got {type(settings).__name__}; expected a mapping of sections")
+    return {"name": path.stem, **cast("dict[str, Any]", settings)}
+
+
+def _apply(settings: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override}: expected KEY=VALUE, such as finetune.learning_rate=1e-4")
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        if not isinstance(settings.get(section), dict):
+            settings[section] = {}
+        settings = settings[section]
+    try:
+        settings[name] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: value is not YAML: {error}") from error
+
+
+def _explain(detail: ErrorDetails) -> list[str]:
+    """One line a problem: dotted key, what was got, what is allowed."""
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        allowed = _allowed(detail["loc"][:-1])
+        close = difflib.get_close_matches(str(detail["loc"][-1]), allowed, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return [f"{key}: unknown key{hint} Allowed: {', '.join(allowed)}."]
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if not isinstance(detail["input"], (str, int, float, bool, type(None))):
+        return [f"{key}: {part}" if key else part for part in message.split("; ")]
+    return [f"{key}: got {detail['input']!r}; expected {message}"]
+
+
+def _allowed(path: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in path:
+        field = model.model_fields[str(part)]
+        options = getattr(field.annotation, "__args__", (field.annotation,))
+        model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return sorted(model.model_fields)
