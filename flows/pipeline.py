@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tasks.catalogue import catalogue
 from tasks.ingest import ingest, locate_source
 from tasks.model import base_model
 from tasks.pack import pack
@@ -13,6 +12,7 @@ from tasks.template import template
 from tasks.tokenize import tokenize
 
 from flows.dispatch import tune
+from tasks.catalogue import catalogue
 from tasks.config import Recipe
 from tasks.refs import SavedModel
 from tasks.stage import Plan, lineage, planning, verifying

@@ -70,7 +70,7 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
     with httpx.Client() as client:
         while time.monotonic() < give_up and process.poll() is None:
             try:
-                if client.get(f"{url}/health", timeout=2).status_code == httpx.codes.OK:
+                if client.get(f"{url}/health", timeout=2).is_success:
                     return
             except httpx.TransportError:
                 time.sleep(0.05)

@@ -24,7 +24,7 @@ import sqlite3
 import time
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -304,6 +304,8 @@ class Run:
     """One entry a stage call: name, key, code, inputs, state, reason, rows, seconds, digest, path."""
     artifacts: list[str] = field(default_factory=list[str])
     """KIND/DIGEST of every artifact that the run was handed or published."""
+    finished: bool = False
+    """Whether the run came to its end without an error."""
 
     @property
     def file(self) -> Path:
@@ -312,8 +314,7 @@ class Run:
 
     def write(self) -> None:
         """Store what is known so far."""
-        text = json.dumps({name: getattr(self, name) for name in ("recipe", "config", "id", "started", "stages", "artifacts")})
-        write_atomic(self.file, text.encode())
+        write_atomic(self.file, json.dumps(asdict(self)).encode())
 
 
 _open_runs: list[Run] = []
@@ -331,6 +332,7 @@ def run_record(recipe: str, config: dict[str, Any]) -> Generator[Run]:
         try:
             run.write()
             yield run
+            run.finished = True
         finally:
             _open_runs.pop()
             run.write()

@@ -1,0 +1,49 @@
+# make run: a fine-tuned adapter from nothing.  make test: everything CI checks.  All of it lives in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Without an NVIDIA driver, torch's CPU build is preferred where its index can be reached.
+CPU_TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
+# Unsloth's own dependency lists pull CUDA packages; on a CPU these alone are enough to run its backend.
+UNSLOTH := unsloth==2026.10.9 unsloth_zoo==2026.10.9 cut_cross_entropy==25.1.1
+
+.PHONY: install install-dev install-unsloth run test check format clean
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "Python %d.%d: expected 3.11 to 3.13; set PYTHON=python3.12" % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt $(CPU_TORCH) torch
+	$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) install -q -c constraints.txt -e .[dev]
+	@touch $@
+
+$(VENV)/.unsloth: $(VENV)/.dev
+	$(PIP) install -q --no-deps $(UNSLOTH)
+	@touch $@
+
+install: $(VENV)/.base
+install-dev: $(VENV)/.dev
+install-unsloth: $(VENV)/.unsloth
+
+run: install
+	$(BIN)/amazon-ft run demo
+
+check: install-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+
+test: check
+	$(BIN)/pytest --cov --cov-report=term
+
+format: install-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) dist build .coverage .hypothesis

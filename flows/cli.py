@@ -1,0 +1,153 @@
+"""The command line: amazon-ft run | plan | cache."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from flows import show
+from flows.recipes import load_recipe
+from tasks import store
+from tasks.refs import ConfigError, InputError, PipelineError, SavedModel
+
+if TYPE_CHECKING:
+    from tasks.config import Recipe
+
+FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+cache_app = typer.Typer(no_args_is_help=True, help="What lies under AMAZON_FT_HOME, and what may go.")
+app.add_typer(cache_app, name="cache")
+
+err = Console(stderr=True)
+
+RecipeName = Annotated[str, typer.Argument(metavar="[RECIPE|FILE]", help="A shipped recipe or a .yaml file.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value; may be repeated.")]
+AsJson = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show stack traces and Prefect's own log.")]
+
+
+class StageName(StrEnum):
+    """Where a run may end."""
+
+    INGEST = "ingest"
+    SAMPLE = "sample"
+    SHAREGPT = "sharegpt"
+    TEMPLATE = "template"
+    TOKENIZE = "tokenize"
+    PACK = "pack"
+    FINETUNE = "finetune"
+    EVALUATE = "evaluate"
+    SAVE = "save"
+
+
+@app.command()
+def run(
+    recipe: RecipeName = "default",
+    overrides: Overrides = None,
+    until: Annotated[StageName | None, typer.Option(help="End after this stage.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe here, in this process: only what failed or changed is run again."""
+    chosen = load_recipe(recipe, overrides or ())
+    with store.run_record(chosen.name, chosen.model_dump(mode="json")) as record:
+        try:
+            saved = _run_flow(chosen, until, debug)
+        finally:
+            show.stages(record.stages, err)
+    show.outcome(record.stages, chosen, saved, err)
+    if as_json:
+        typer.echo(json.dumps(show.summary(record.stages, chosen, saved), ensure_ascii=False))
+
+
+def _run_flow(recipe: Recipe, until: StageName | None, debug: bool) -> SavedModel | None:
+    from flows.server import prefect_server
+
+    quiet = {} if debug else {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
+    os.environ |= {"PREFECT_LOGGING_EXTRA_LOGGERS": "tasks,flows", "DO_NOT_TRACK": "1", **quiet}
+    with prefect_server():
+        from flows.amazon_ft import amazon_ft
+
+        _log_to_terminal()
+        return amazon_ft(recipe, until=until.value if until else None)
+
+
+def _log_to_terminal() -> None:
+    """One plain line a message; after Prefect has configured logging, which replaces the handlers."""
+    handler = RichHandler(console=err, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)
+    for name in ("tasks", "flows"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+
+
+@app.command()
+def plan(recipe: RecipeName = "default", overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say which stages a run would run, and why; nothing is run."""
+    from flows.pipeline import plan as make_plan
+
+    found = make_plan(load_recipe(recipe, overrides or ()))
+    if as_json:
+        typer.echo(json.dumps({"stages": [show.step(step) for step in found.steps]}, ensure_ascii=False))
+    else:
+        show.plan(found, Console())
+
+
+@cache_app.command("ls")
+def cache_ls(as_json: AsJson = False) -> None:
+    """Sizes by stage, and which runs refer to what."""
+    from flows.cache import inventory
+
+    entries = inventory()
+    if as_json:
+        typer.echo(json.dumps([vars(entry) for entry in entries], ensure_ascii=False))
+    else:
+        show.inventory(entries, Console())
+
+
+@cache_app.command("gc")
+def cache_gc(
+    keep_last: Annotated[int, typer.Option(min=0, help="Keep what the last N runs of each recipe refer to.")] = 1,
+    older_than: Annotated[str | None, typer.Option(help="Only drop runs older than this, such as 12h or 7d.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Remove what no kept run and no running one refers to."""
+    from flows.cache import collect, parse_age
+
+    removed = collect(keep_last, parse_age(older_than), dry_run=dry_run)
+    show.removed(removed, Console(), dry_run=dry_run)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends with one message and an exit code, never a stack trace."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        err.print("interrupted; finished stages are kept")
+        sys.exit(INTERRUPTED)
+    except PipelineError as error:
+        _fail(error, str(error), WRONG_INPUT if isinstance(error, (ConfigError, InputError)) else FAILED)
+    except Exception as error:
+        _fail(
+            error, f"{type(error).__name__}: {error}\nThis is not your doing: run again with --debug for the stack trace.", FAILED
+        )
+
+
+def _fail(error: Exception, message: str, code: int) -> None:
+    if "--debug" in sys.argv:
+        raise error
+    err.print(message, style="red", markup=False, highlight=False)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
