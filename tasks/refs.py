@@ -61,6 +61,18 @@ def home() -> Path:
     return Path(os.environ.get("AMAZON_FT_HOME") or Path.home() / ".amazon-ft").absolute()
 
 
+def _under_home(path: str) -> str:
+    return path if "://" in path else str(home() / path)
+
+
+def _relative_to_home(path: str) -> str:
+    return str(Path(path).relative_to(home())) if Path(path).is_relative_to(home()) else path
+
+
+RootedPath = Annotated[str, BeforeValidator(_under_home), PlainSerializer(_relative_to_home)]
+"""An absolute path or a URL; kept relative in records where it lies under the root, so that it moves with the root."""
+
+
 class Value(BaseModel):
     """Base of what stages hand each other: frozen, closed, JSON in and out."""
 
@@ -88,15 +100,16 @@ class Artifact(Value):
 class SourceFile(Value):
     """One input file; it counts by content, wherever it lies."""
 
-    url: str = aside()
+    url: RootedPath = aside()
     digest: str
     size_bytes: int = aside()
 
 
 class Source(Value):
-    """The input files in the order given."""
+    """The input files in the order given; `artifact` holds them when a stage made them."""
 
     files: tuple[SourceFile, ...]
+    artifact: Artifact | None = aside(None)
 
 
 class Products(Value):
@@ -137,7 +150,7 @@ class Texts(Value):
 class Tokenizer(Value):
     """A tokenizer by content (`digest` of its files) or by pinned commit."""
 
-    path: str = aside()
+    path: RootedPath = aside()
     digest: str
     special: Special = aside()
 
@@ -145,11 +158,13 @@ class Tokenizer(Value):
 class Model(Value):
     """A base model by content (`digest` of its files) or by pinned commit (`hub:ID@COMMIT`)."""
 
-    path: str = aside()
+    path: RootedPath = aside()
     digest: str
     name: str = aside()
     """What to call it in a model card: the hub id or the directory's name."""
     tokenizer: Tokenizer = aside()
+    artifact: Artifact | None = aside(None)
+    """Holds the files when a stage fetched them."""
 
 
 class Adapter(Value):
