@@ -58,8 +58,9 @@ def parse_age(text: str | None) -> float:
 def collect(keep_last: int, age_seconds: float, *, dry_run: bool = False) -> list[Entry]:
     """Remove what neither a kept run nor a living one refers to; returns what was removed.
 
-    Kept are living runs, the last `keep_last` finished runs of each recipe with what was tried since, and runs younger than `age_seconds`. Removing is a rename
-    under the root's mutex, so that a run which starts meanwhile sees a whole artifact or none.
+    Kept are living runs, the last `keep_last` finished runs of each recipe with what was tried since, and runs younger than
+    `age_seconds`. Removing is a rename under the root's mutex, so that a run which starts meanwhile sees a whole artifact or
+    none.
     """
     with store.mutex():
         runs = store.past_runs()

@@ -87,7 +87,7 @@ def _explain(detail: ErrorDetails) -> list[str]:
         return [f"{key}: unknown key{hint} Allowed: {', '.join(allowed)}."]
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if not isinstance(detail["input"], (str, int, float, bool, type(None))):
-        return [f"{key}: {part}" if key else part for part in message.split("; ")]
+        return [f"{key}: {message}"] if key else message.split("; ")
     return [f"{key}: got {detail['input']!r}; expected {message}"]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 CHAT_TEMPLATE = """Responda à pergunta sobre o produto com base no título e na descrição fornecidos.
 
@@ -42,6 +42,11 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 def aside(default: Any = ..., **constraints: Any) -> Any:
     """A field that says how or where, not what: it never reruns a stage."""
     return Field(default=default, json_schema_extra={"aside": True}, **constraints)
+
+
+def _listed(value: Any) -> Any:
+    """One string stands for a list of one."""
+    return [value] if isinstance(value, str) else value
 
 
 class Section(BaseModel):
@@ -85,7 +90,7 @@ class ModelConfig(WeightsConfig):
 class IngestConfig(Section):
     """JSON lines to Arrow."""
 
-    sources: tuple[NonEmpty, ...] = aside(())
+    sources: Annotated[tuple[NonEmpty, ...], BeforeValidator(_listed)] = aside(())
     """Paths, globs or fsspec URLs of .json, .jsonl, .gz, .zst or the distributed .zip. They count by content."""
     on_bad_row: Literal["fail", "quarantine"] = "fail"
     """`fail` stops at the first bad line; `quarantine` sets bad lines aside, up to `max_bad_share`."""
@@ -191,7 +196,7 @@ class FinetuneConfig(Section):
     optimizer: Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused"] = "adamw_8bit"
     weight_decay: float = Field(default=0.01, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    gradient_checkpointing: Literal["unsloth", "on", "off"] = "unsloth"
+    gradient_checkpointing: Literal["unsloth", "full", "none"] = "unsloth"
     seed: Seed = 3407
     logging_steps: int = Field(default=10, ge=1)
     save_steps: int = Field(default=100, ge=1)
@@ -280,7 +285,7 @@ class Recipe(Section):
             ),
             (
                 tune.gradient_checkpointing == "unsloth" and tune.backend != "unsloth",
-                "finetune.gradient_checkpointing=unsloth needs finetune.backend=unsloth; use on or off",
+                "finetune.gradient_checkpointing=unsloth needs finetune.backend=unsloth; use full or none",
             ),
             (
                 self.device == "cpu" and self.model.load_in_4bit and tune.backend == "hf",

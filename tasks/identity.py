@@ -16,7 +16,7 @@ import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.machinery import SourceFileLoader
 from typing import Any, cast
 
 from pydantic import BaseModel
@@ -117,7 +117,8 @@ def imported_modules(module: str) -> tuple[str, ...]:
             if _is_package(base):
                 names.update(f"{base}.{alias.name}" for alias in node.names)
     parents = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
-    return tuple(sorted(name for name in names | parents if name.split(".")[0] in FIRST_PARTY and _spec(name)))
+    first_party = (name for name in names | parents if name.split(".")[0] in FIRST_PARTY)
+    return tuple(sorted(name for name in first_party if importlib.util.find_spec(name)))
 
 
 def _absolute(node: ast.ImportFrom, module: str) -> str:
@@ -128,16 +129,12 @@ def _absolute(node: ast.ImportFrom, module: str) -> str:
 
 
 def _is_package(module: str) -> bool:
-    spec = _spec(module)
+    spec = importlib.util.find_spec(module) if module.split(".")[0] in FIRST_PARTY else None
     return spec is not None and spec.submodule_search_locations is not None
 
 
-def _spec(module: str) -> ModuleSpec | None:
-    return importlib.util.find_spec(module) if module.split(".")[0] in FIRST_PARTY else None
-
-
 def _source(module: str) -> str:
-    spec = _spec(module)
+    spec = importlib.util.find_spec(module)
     loader = spec.loader if spec else None
     source = loader.get_source(module) if isinstance(loader, SourceFileLoader) else None
     if source is None:

@@ -163,12 +163,13 @@ class Stage(Generic[P, R]):
     ) -> None:
         self.name = fn.__name__
         self.fn = fn
+        self.module = fn.__module__
         self.version = version
         self._chosen = chosen
         self._progress = progress
         self._signature = inspect.signature(fn)
         self.__doc__ = fn.__doc__
-        code_digests([fn.__module__])  # read the source now, while it is what was imported
+        code_digests([self.module])  # read the source now, while it is what was imported
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Serve the stage from its record, or run it as a Prefect task.
@@ -186,7 +187,7 @@ class Stage(Generic[P, R]):
 
     def code(self, inputs: Mapping[str, Any]) -> dict[str, str]:
         """{module: digest} of the code that counts for these inputs."""
-        return code_digests([self.fn.__module__, *self._chosen(inputs)])
+        return code_digests([self.module, *self._chosen(inputs)])
 
     def key(self, inputs: Mapping[str, Any]) -> str:
         """The identity of this call."""

@@ -1,0 +1,83 @@
+"""Recipes are read with overrides, and every mistake is reported at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flows.recipes import load_recipe, shipped_names
+from tasks.refs import ConfigError
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text("ingest: {sources: [trn.json]}\nfinetune: {learning_rate: 1.0e-4}\n")
+    return path
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_shipped_recipe_loads_and_is_named_after_its_file(name: str) -> None:
+    assert load_recipe(name).name == name
+
+
+def test_the_four_recipes_are_shipped() -> None:
+    assert shipped_names() == ["as-written", "default", "demo", "fast"]
+
+
+def test_overrides_change_nested_values(recipe: Path) -> None:
+    loaded = load_recipe(
+        str(recipe), ["finetune.lora.r=32", "pack.tokens=4096", "finetune.backend=hf", "finetune.gradient_checkpointing=full"]
+    )
+    assert (loaded.name, loaded.finetune.lora.r, loaded.finetune.learning_rate) == ("mine", 32, 1e-4)
+    assert loaded.pack is not None
+    assert loaded.pack.tokens == 4096
+
+
+def test_one_source_needs_no_list(recipe: Path) -> None:
+    assert load_recipe(str(recipe), ["ingest.sources=a.json"]).ingest.sources == ("a.json",)
+
+
+def test_every_mistake_is_reported_at_once(recipe: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(str(recipe), ["finetune.learnin_rate=1", "finetune.lora.r=0", "sample.rows=many", "sample.seed=-1"])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"recipe {recipe}: 4 problems:"
+    assert "  finetune.lora.r: got 0; expected greater than or equal to 1" in lines
+    assert "  sample.rows: got 'many'; expected a valid integer, unable to parse string as an integer" in lines
+    assert any(
+        line.startswith("  finetune.learnin_rate: unknown key; did you mean learning_rate? Allowed: backend, ") for line in lines
+    )
+
+
+def test_impossible_combinations_are_reported_at_once(recipe: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(str(recipe), ["catalogue.rows=100", "pack.tokens=512"])
+    assert "exactly one of catalogue and ingest.sources must be given" in str(caught.value)
+    assert "pack.tokens must be at least tokenize.max_tokens" in str(caught.value)
+
+
+def test_checkpoints_fall_on_logged_steps(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"finetune: save_steps=25 is no multiple of logging_steps=10; make it one"):
+        load_recipe(str(recipe), ["finetune.save_steps=25"])
+
+
+def test_unknown_recipe_names_the_known_ones() -> None:
+    with pytest.raises(
+        ConfigError, match=r"recipe nope: not found; expected one of as-written, default, demo, fast or a \.yaml file"
+    ):
+        load_recipe("nope")
+
+
+@pytest.mark.parametrize(("override", "message"), [("finetune", "expected KEY=VALUE"), ("a=[", "value is not YAML")])
+def test_malformed_override_is_refused(recipe: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(recipe), [override])
+
+
+@pytest.mark.parametrize(("text", "message"), [("- a\n", "got list; expected a mapping"), ("a: [", "not YAML")])
+def test_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(tmp_path / "bad.yaml"))
