@@ -1,1 +1,103 @@
-"""What trains: one Protocol, one module a library. Heavy imports stay inside the functions."""
+"""What trains: one Protocol, one module a library.
+
+    hf.py, unsloth.py     load the base model and wrap it in an adapter, each with its library
+    trainer.py            the training loop that both share: TRL's SFTTrainer, watched
+    watch.py              per-step losses, divergence, reports
+    checkpoints.py        intact or not
+    hardware.py           types, memory and early refusals
+    progress.py           who hears of the training while it runs
+    scoring.py            negative log-likelihood and generations
+
+Heavy imports stay inside the functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from tasks.config import FinetuneConfig
+from tasks.refs import Model, Value
+
+
+class Resolved(Value):
+    """What a request comes to on the machine at hand; pinned for a whole training, so that a resume can't change it."""
+
+    dtype: Literal["bfloat16", "float16", "float32"]
+    load_in_4bit: bool
+    optimizer: str
+    gradient_checkpointing: str
+    device: str
+    device_name: str
+    versions: dict[str, str]
+    estimated_gib: dict[str, float] = {}
+    """Weights, adapter, optimizer, activations and their total, estimated before loading."""
+    free_gib: float | None = None
+    """GPU memory that was free before loading."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training, fully decided."""
+
+    model: Model
+    batches: Path
+    """tokens.arrow or packs.arrow."""
+    packed: bool
+    config: FinetuneConfig
+    max_tokens: int
+    resolved: Resolved
+    work: Path
+    """Holds the checkpoints and the log."""
+    resume: Path | None = None
+    """The checkpoint to go on from."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """How the training stands after a logged step; means are over the steps since the report before."""
+
+    step: int
+    steps: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens_per_second: float
+    eta_seconds: float
+
+
+class Progress(Protocol):
+    """Hears of a training while it runs; may be slow or fail without any effect on it."""
+
+    def report(self, report: Report) -> None:
+        """Called after each logged step."""
+        ...
+
+    def close(self) -> None:
+        """Called once, when the training has ended in whatever way."""
+        ...
+
+
+class Backend(Protocol):
+    """A library that trains."""
+
+    def train(self, job: Job, progress: Progress) -> float:
+        """Train until the last step, whose checkpoint in the work directory is the result; the peak of memory in GiB.
+
+        Raises:
+            DivergedError: naming the step and the rows.
+            PipelineError: when memory runs out, naming the settings to change.
+        """
+        ...
+
+
+def load_backend(name: Literal["hf", "unsloth"]) -> Backend:
+    """The backend of that name; its library is imported when it trains."""
+    if name == "hf":
+        from tasks.backends import hf
+
+        return hf.HfBackend()
+    from tasks.backends import unsloth
+
+    return unsloth.UnslothBackend()

@@ -1,0 +1,51 @@
+"""Loads a base model with plain transformers: what the hf backend trains and what evaluation asks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tasks.refs import Model
+
+
+def load_base(path: Path, dtype: str, *, load_in_4bit: bool, device: str) -> Any:
+    """The causal language model of a directory, on the device; quantized to NF4 if wanted and not stored so already."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    number = getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path),
+        dtype=number,
+        quantization_config=_nf4(number) if load_in_4bit and not is_quantized(path) else None,
+        device_map={"": device},
+        attn_implementation="sdpa",
+        local_files_only=True,
+    )
+    model.config.use_cache = False
+    return model
+
+
+def load_tokenizer(model: Model) -> Any:
+    """The model's tokenizer, padding on the right; the EOS token pads where there is no padding token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer.path, padding_side="right", local_files_only=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def is_quantized(path: Path) -> bool:
+    """Whether the directory's weights are stored quantized."""
+    return "quantization_config" in json.loads((path / "config.json").read_text())
+
+
+def _nf4(number: Any) -> Any:
+    """The quantization of the document's base model, unsloth/llama-3-8b-bnb-4bit."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=number
+    )

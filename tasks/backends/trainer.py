@@ -1,0 +1,236 @@
+"""The training loop that the backends share: TRL's SFTTrainer on pre-tokenized rows, watched, sealed and resumable.
+
+Facts behind the settings (TRL 1.14, transformers 5.17): rows carry their own labels, so TRL's preparation is skipped; packs go
+in as input_ids, labels and seq_lengths with padding_free, which resets positions at each row's start, and attention follows
+them; a resume at the last step would train one step more, so a finished training is never resumed (tasks/finetune.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tasks.backends import Job, Progress
+from tasks.backends.checkpoints import checkpoints, damage_of, prune, seal, step_of
+from tasks.backends.hardware import memory_advice, peak_gib
+from tasks.backends.watch import LOG, Verdict, Watch, rewind_log
+from tasks.refs import PipelineError
+
+logger = logging.getLogger(__name__)
+
+
+def fit(job: Job, model: Any, tokenizer: Any, progress: Progress, settings: dict[str, Any]) -> float:
+    """Train the wrapped model and say the peak of memory in GiB; `settings` are the SFTConfig arguments in which the backends differ.
+
+    Raises:
+        DivergedError: naming the step and the uids of its rows.
+        PipelineError: when memory runs out.
+    """
+    trainer = make_trainer(job, model, tokenizer, settings)
+    rewind_log(job.work / LOG, step_of(job.resume) if job.resume else 0)
+    watch = Watch(
+        log=job.work / LOG,
+        steps=planned_steps(trainer),
+        progress=progress,
+        verdict=Verdict(
+            max_loss=job.config.max_loss,
+            scaled=job.resolved.dtype == "float16",
+            rows_of=lambda step: rows_of_step(trainer, step),
+            kept=lambda: _kept(job.work),
+        ),
+    )
+    _attach(trainer, watch, job)
+    with _memory_errors_explained(job), _terminable(trainer):
+        trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
+    return peak_gib(job.resolved.device)
+
+
+def make_trainer(job: Job, model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
+    """The SFTTrainer; whatever it prints goes to standard error."""
+    import trl
+    from transformers import PrinterCallback
+
+    trainer = trl.SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=read_rows(job),
+        args=trl.SFTConfig(**(sft_arguments(job) | settings)),
+    )
+    trainer.remove_callback(PrinterCallback)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # TRL turns an adapter on a 4-bit base to bfloat16; it is trained in float32
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+def read_rows(job: Job) -> Any:
+    """The pre-tokenized rows, mapped into memory."""
+    from datasets import Dataset
+
+    rows = Dataset.from_file(str(job.batches))
+    rows._unsloth_truncated_to = job.max_tokens  # no row is longer; lets Unsloth choose padding-free batches as for texts
+    return rows
+
+
+def sft_arguments(job: Job) -> dict[str, Any]:
+    """The configuration as arguments of SFTConfig.
+
+    Source: the document's TrainingArguments (README.md, "The recipe", item 9).
+    """
+    config, resolved = job.config, job.resolved
+    return {
+        "output_dir": str(job.work),
+        "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        "max_steps": config.max_steps or -1,
+        "num_train_epochs": config.epochs,
+        "learning_rate": config.learning_rate,
+        "warmup_steps": config.warmup_steps,
+        "lr_scheduler_type": config.schedule,
+        "optim": resolved.optimizer,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "bf16": resolved.dtype == "bfloat16",
+        "fp16": resolved.dtype == "float16",
+        "use_cpu": resolved.device == "cpu",
+        "seed": config.seed,
+        "logging_steps": config.logging_steps,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": config.save_steps,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "dataloader_num_workers": config.num_workers,
+        "dataloader_pin_memory": resolved.device == "cuda",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def planned_steps(trainer: Any) -> int:
+    """Optimizer steps of the whole training."""
+    if trainer.args.max_steps > 0:
+        return int(trainer.args.max_steps)
+    return int(trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1])
+
+
+def rows_of_step(trainer: Any, step: int) -> Sequence[str]:
+    """uids of the rows that a step (from 1) is made of, from the order that the seed gives."""
+    loader, accumulation = trainer.get_train_dataloader(), trainer.args.gradient_accumulation_steps
+    epoch, update = divmod(step - 1, -(-len(loader) // accumulation))
+    loader.set_epoch(epoch)
+    batches = islice(iter(loader.batch_sampler), update * accumulation, (update + 1) * accumulation)
+    indices = [index for batch in batches for index in batch]
+    return [uid for uids in trainer.train_dataset[indices]["uids"] for uid in uids]
+
+
+def _attach(trainer: Any, watch: Watch, job: Job) -> None:
+    """Let the watch see every micro-step, gradient norm and step of the trainer."""
+    from transformers import TrainerCallback
+
+    train_step, norm = trainer.training_step, trainer._get_grad_norm
+
+    def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        mask = inputs.get("attention_mask")
+        tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
+        loss = train_step(model, inputs, *args, **kwargs)
+        watch.micro_step(loss, tokens)
+        return loss
+
+    def get_grad_norm(*args: Any, **kwargs: Any) -> Any:
+        value = norm(*args, **kwargs)
+        watch.clipped(value)
+        return value
+
+    trainer.training_step, trainer._get_grad_norm = training_step, get_grad_norm
+
+    class Watched(TrainerCallback):
+        def on_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
+            watch.stepped(float(optimizer.param_groups[0]["lr"]))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            watch.step_ended(state.global_step)
+            if control.should_log or control.should_save:
+                watch.flush()
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            seal(job.work / f"checkpoint-{state.global_step}")
+            prune(job.work, job.config.keep_checkpoints)
+
+    trainer.add_callback(Watched())
+
+
+def _kept(work: Path) -> str:
+    good = next((path for path in checkpoints(work) if damage_of(path, digests=False) is None), None)
+    return f"The checkpoint of step {step_of(good)} is kept in {good}." if good else "No checkpoint had been written yet."
+
+
+@contextmanager
+def _memory_errors_explained(job: Job) -> Generator[None]:
+    """Turn running out of memory into a PipelineError that names the three settings to change."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        where = "GPU" if job.resolved.device == "cuda" else "main"
+        raise PipelineError(
+            f"finetune: out of {where} memory: got {str(error).splitlines()[0] if str(error) else 'no more memory'}; "
+            f"expected the training to fit. {memory_advice(job.config)} {_kept(job.work)}"
+        ) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that memory ran out; torch raises a bare RuntimeError for the CPU's.
+
+    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
+    True
+    """
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def _terminable(trainer: Any) -> Generator[None]:
+    """On SIGTERM end after the step at hand with a checkpoint, and only then let the signal do what it did before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    from transformers import TrainerCallback
+
+    received = threading.Event()
+
+    def note(_signal: int, _frame: FrameType | None) -> None:
+        logger.warning("SIGTERM: a checkpoint is written after the step at hand, then the training ends.")
+        received.set()
+
+    class Terminating(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if received.is_set():
+                control.should_save = control.should_training_stop = True
+
+    trainer.callback_handler.callbacks.insert(0, Terminating())
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if received.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def prints_to_stderr() -> Generator[None]:
+    """Keep standard output for the one who called: some libraries greet on it."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+__all__ = ["fit", "is_out_of_memory", "make_trainer", "planned_steps", "prints_to_stderr", "read_rows", "rows_of_step", "sft_arguments"]
