@@ -1,0 +1,228 @@
+"""Products to conversations: a prompt merged from the columns, the answer, and further turns from other products.
+
+    uid  title  content                 uids       conversations
+    u1   Tutu   3 layers        ->      [u1, u2]   [user: T Tutu, assistant: 3 layers, user: T Mug, assistant: Blue]
+    u2   Mug    Blue                    [u2, u1]   [user: T Mug, assistant: Blue, user: T Tutu, assistant: 3 layers]
+
+Source: unsloth 2026.10.9, `chat_templates.to_sharegpt` and `standardize_sharegpt`, whose results these equal to the byte.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.config import SharegptConfig
+from tasks.refs import Artifact, ConfigError, Split
+from tasks.stage import stage
+from tasks.store import publish
+from tasks.tables import Gather, batch_ranges, one_batch, read_table, row_lists, write_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+logger = logging.getLogger(__name__)
+
+OPTIONAL_BLOCK = re.compile(r"\[\[(.+?)\]\]", re.DOTALL)
+SHAREGPT_ROLES = ("human", "gpt")
+STANDARD_ROLES = ("user", "assistant")
+
+
+@dataclass(frozen=True)
+class Column:
+    """Stands for a product's value in a merged prompt."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stretch of a merged prompt; with a gate it is left out where that column is empty."""
+
+    parts: tuple[str | Column, ...]
+    gate: Column | None = None
+
+
+def parse_merged_prompt(merged_prompt: str, columns: Sequence[str]) -> tuple[Block, ...]:
+    """A merged prompt's blocks: text with {column} fields, braces doubled for themselves, `[[optional {column}]]`.
+
+    >>> parse_merged_prompt("{{T}} {title}[[, {content}]]", ["title", "content"])  # doctest: +NORMALIZE_WHITESPACE
+    (Block(parts=('{T} ', Column(name='title')), gate=None),
+     Block(parts=(', ', Column(name='content')), gate=Column(name='content')))
+
+    Raises:
+        ConfigError: for an unknown column, a stray brace, or an optional block without a column.
+    """
+    blocks: list[Block] = []
+    for index, text in enumerate(OPTIONAL_BLOCK.split(merged_prompt)):
+        parts = _fields(text, columns)
+        gate = next((part for part in parts if isinstance(part, Column)), None)
+        if index % 2 == 0:
+            blocks.append(Block(parts))
+        elif gate is None:
+            raise _prompt_error(f"got [[{text}]]; expected at least one {{column}} in an optional block. Name the column")
+        else:
+            blocks.append(Block(parts, gate))
+    return tuple(block for block in blocks if block.parts)
+
+
+def _fields(text: str, columns: Sequence[str]) -> tuple[str | Column, ...]:
+    """A format string's literals and fields; `{lit}` that is no column is refused, `{{lit}}` is the text {lit}."""
+    parts: list[str | Column] = []
+    try:
+        for literal, name, spec, conversion in Formatter().parse(text):
+            parts.extend([literal] if literal else [])
+            if name is None:
+                continue
+            if name not in columns or spec or conversion:
+                field = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+                raise _prompt_error(f"got {{{field}}}; expected one of {_braced(columns)}. Double braces that stand for themselves")
+            parts.append(Column(name))
+    except ValueError as error:
+        raise _prompt_error(f"got {text!r} ({error}); expected paired braces. Double braces that stand for themselves") from error
+    return tuple(parts)
+
+
+def _braced(columns: Sequence[str]) -> str:
+    return ", ".join(f"{{{name}}}" for name in columns)
+
+
+def _prompt_error(what: str) -> ConfigError:
+    return ConfigError(f"sharegpt.merged_prompt: {what}.")
+
+
+def merge_columns(products: pa.RecordBatch, blocks: Sequence[Block]) -> pa.Array:
+    """The prompt of each product.
+
+    >>> import pyarrow as pa
+    >>> products = pa.RecordBatch.from_pydict({"title": ["Tutu", ""], "content": ["3 layers", "Blue"]})
+    >>> merge_columns(products, parse_merged_prompt("T[[ {title}]]", ["title"])).to_pylist()
+    ['T Tutu', 'T']
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    def column(name: str) -> pa.Array:
+        return pc.fill_null(products[name], "")
+
+    def render(block: Block) -> pa.Array:
+        parts = [part if isinstance(part, str) else column(part.name) for part in block.parts]
+        text = pc.binary_join_element_wise(*parts, "")
+        if block.gate is None:
+            return text
+        return pc.if_else(pc.not_equal(column(block.gate.name), ""), text, "")
+
+    anchor = pa.repeat("", products.num_rows)  # gives a prompt without any column its length
+    return pc.binary_join_element_wise(anchor, *map(render, blocks), "")
+
+
+def turn_products(rows: int, *, extension: int, seed: int) -> NDArray[np.int32]:
+    """(rows, extension): the product of each turn; the first turn's is the row's own.
+
+    >>> turn_products(3, extension=2, seed=3407).tolist()
+    [[0, 0], [1, 1], [2, 2]]
+    """
+    first = np.arange(rows, dtype=np.int32)
+    further = [np.random.default_rng(seed + turn).permutation(rows).astype(np.int32) for turn in range(1, extension)]
+    return np.stack([first, *further], axis=1)
+
+
+def conversation_lists(turns: pa.RecordBatch, width: int) -> pa.ListArray:
+    """Prompts and answers, `width` turns a conversation, as `list<struct<role, content>>`."""
+    import pyarrow as pa
+
+    count = turns.num_rows
+    both = pa.chunked_array([turns["prompt"], turns["answer"]]).combine_chunks()
+    content = both.take(pa.array(np.arange(2 * count).reshape(2, count).T.ravel()))
+    roles = pa.array(STANDARD_ROLES).take(pa.array(np.tile(np.array([0, 1]), count)))
+    return row_lists(pa.StructArray.from_arrays([roles, content], ["role", "content"]), 2 * width)
+
+
+def as_sharegpt(conversations: pa.ListArray) -> pa.ListArray:
+    """Conversations in ShareGPT's from/value form."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    roles, content = conversations.values.flatten()
+    names = pc.replace_substring(pc.replace_substring(roles, *_renamed(0)), *_renamed(1))
+    return pa.ListArray.from_arrays(conversations.offsets, pa.StructArray.from_arrays([names, content], ["from", "value"]))
+
+
+def _renamed(role: int) -> tuple[str, str]:
+    return STANDARD_ROLES[role], SHAREGPT_ROLES[role]
+
+
+def write_conversations(products: Path, draft: Path, config: SharegptConfig, *, extension: int) -> int:
+    """turns.arrow and conversations.arrow (tasks/refs.py) of a product file; how many conversations."""
+    import pyarrow as pa
+
+    table = read_table(products)
+    blocks = parse_merged_prompt(config.merged_prompt, [name for name in table.column_names if name != "uid"])
+    write_table(draft / "turns.arrow", _turns_schema(), _turns(table, blocks, config.output_column))
+    gather = Gather(read_table(draft / "turns.arrow"))
+    rows = turn_products(table.num_rows, extension=extension, seed=config.seed)
+    schema = pa.schema(
+        {
+            "uids": pa.list_(pa.string()),
+            "products": pa.list_(pa.int32()),
+            "conversations": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+        }
+    )
+    return write_table(draft / "conversations.arrow", schema, _conversations(gather, rows, schema))
+
+
+def _turns_schema() -> pa.Schema:
+    import pyarrow as pa
+
+    return pa.schema({"uid": pa.string(), "prompt": pa.string(), "answer": pa.string()})
+
+
+def _turns(products: pa.Table, blocks: Sequence[Block], output_column: str) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for start, end in batch_ranges(products.num_rows):
+        batch = one_batch(products.slice(start, end - start))
+        columns = [batch["uid"], merge_columns(batch, blocks), pc.fill_null(batch[output_column], "")]
+        yield pa.RecordBatch.from_arrays(columns, schema=_turns_schema())
+
+
+def _conversations(gather: Gather, rows: NDArray[np.int32], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+
+    width = rows.shape[1]
+    for start, end in batch_ranges(len(rows)):
+        flat = rows[start:end].ravel()
+        turns = gather(flat)
+        columns = [row_lists(turns["uid"], width), row_lists(pa.array(flat), width), conversation_lists(turns, width)]
+        yield pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _convert(products: Artifact, config: SharegptConfig, *, extension: int) -> Artifact:
+    with publish("conversations", need_bytes=(2 + extension) * products.size_bytes) as draft:
+        draft.rows = write_conversations(products / "products.arrow", draft.path, config, extension=extension)
+    return draft.artifact
+
+
+@stage(version=1)
+def sharegpt(split: Split, config: SharegptConfig) -> Split:
+    """Conversations of `conversation_extension` turns for training, of a single turn for evaluation."""
+    train = _convert(split.train, config, extension=config.conversation_extension)
+    evaluation = _convert(split.evaluation, config, extension=1)
+    logger.info("sharegpt: %s conversations of %s turns, %s to evaluate on",
+                f"{train.rows:,}", config.conversation_extension, f"{evaluation.rows:,}")  # fmt: skip
+    return Split(train=train, evaluation=evaluation, counts={"train": train.rows, "evaluation": evaluation.rows})
+
+
+__all__ = [
+    "as_sharegpt", "conversation_lists", "merge_columns", "parse_merged_prompt", "sharegpt", "turn_products",
+    "write_conversations",
+]  # fmt: skip

@@ -1,0 +1,100 @@
+"""Arrow files: read them mapped into memory, write them batch by batch, gather rows from anywhere in them.
+
+Memory is bounded by `BATCH_ROWS`, not by the file: what `read_table` returns are pages of the file itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BATCH_ROWS = 4096
+"""Rows made, held and written at a time."""
+
+Rows = NDArray[np.integer]
+
+
+def read_table(path: Path) -> pa.Table:
+    """An Arrow IPC stream, mapped into memory."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+        return stream.read_all()
+
+
+def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
+    """Write batches as an Arrow IPC stream; how many rows they had."""
+    import pyarrow as pa
+
+    rows = 0
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+            rows += batch.num_rows
+    return rows
+
+
+def batch_ranges(rows: int, size: int = BATCH_ROWS) -> Iterator[tuple[int, int]]:
+    """(start, end) of the batches of so many rows.
+
+    >>> list(batch_ranges(5, 2))
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    return pairwise([*range(0, rows, size), rows])
+
+
+class Gather:
+    """Takes rows of a table from anywhere in it, batch by batch: `Table.take` would join its chunks at each call."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._schema = table.schema
+        self._batches = table.to_batches()
+        self._ends = np.cumsum([batch.num_rows for batch in self._batches])
+
+    def __call__(self, rows: Rows) -> pa.RecordBatch:
+        """The rows with these numbers, in this order, repeats allowed."""
+        import pyarrow as pa
+
+        batch_of = np.searchsorted(self._ends, rows, side="right")
+        order = np.argsort(batch_of, kind="stable")
+        cuts = np.searchsorted(batch_of[order], np.arange(len(self._batches) + 1))
+        parts = [
+            batch.take(pa.array(rows[order[start:end]] - (last - batch.num_rows)))
+            for batch, last, (start, end) in zip(self._batches, self._ends, pairwise(cuts), strict=True)
+            if end > start
+        ]
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return one_batch(pa.Table.from_batches(parts, self._schema)).take(pa.array(back))
+
+
+def one_batch(table: pa.Table) -> pa.RecordBatch:
+    """A table as a single record batch."""
+    import pyarrow as pa
+
+    batches = table.combine_chunks().to_batches()
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+
+
+def row_lists(values: pa.Array, width: int) -> pa.ListArray:
+    """A flat array as lists of `width` values each.
+
+    >>> import pyarrow as pa
+    >>> row_lists(pa.array([1, 2, 3, 4]), 2).to_pylist()
+    [[1, 2], [3, 4]]
+    """
+    import pyarrow as pa
+
+    offsets = np.arange(0, len(values) + 1, width, dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, values)
+
+
+__all__ = ["BATCH_ROWS", "Gather", "Rows", "batch_ranges", "one_batch", "read_table", "row_lists", "write_table"]
