@@ -26,12 +26,12 @@ def finetune_and_evaluate(
     recipe: Recipe, model: Model, batches: Artifact, tokens: Artifact, texts: Artifact
 ) -> tuple[Adapter, Evaluation]:
     """The two stages that need the device."""
-    adapter = finetune(model, batches, recipe.finetune, recipe.model, recipe.tokenize.max_tokens, recipe.device)
-    return adapter, evaluate(model, adapter, tokens, texts, recipe.evaluate, recipe.model, recipe.device)
+    adapter = finetune(model, batches, recipe.finetune, recipe.model.weights, recipe.tokenize.max_tokens, recipe.device)
+    return adapter, evaluate(model, adapter, tokens, texts, recipe.evaluate, recipe.model.weights, recipe.device)
 
 
 def _is_recorded(recipe: Recipe, model: Model, batches: Artifact, tokens: Artifact, texts: Artifact) -> bool:
-    adapter = finetune.lookup(model, batches, recipe.finetune, recipe.model, recipe.tokenize.max_tokens, recipe.device)
+    adapter = finetune.lookup(model, batches, recipe.finetune, recipe.model.weights, recipe.tokenize.max_tokens, recipe.device)
     if adapter is None:
         return False
-    return evaluate.lookup(model, adapter, tokens, texts, recipe.evaluate, recipe.model, recipe.device) is not None
+    return evaluate.lookup(model, adapter, tokens, texts, recipe.evaluate, recipe.model.weights, recipe.device) is not None

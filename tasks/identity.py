@@ -27,11 +27,13 @@ FORMAT_VERSION = 1
 """Stands for the machinery below the stages; raise it to rerun everything."""
 
 FIRST_PARTY = ("tasks", "flows")
-OUTSIDE = ("tasks.config", "tasks.refs", "tasks.identity", "tasks.store", "tasks.stage", "tasks.engine", "tasks.report")
-"""Config counts by value, report is called outside the cached bodies, FORMAT_VERSION stands for the rest."""
+OUTSIDE = frozenset(
+    f"tasks.{name}" for name in ("config", "refs", "identity", "store", "engine", "stage", "report", "backends.progress")
+)
+"""Config counts by value; report and progress only tell; FORMAT_VERSION stands for the rest."""
 
-BACKENDS = "tasks.backends."
-"""Of the modules under this package only the chosen ones count; `roots` names them."""
+BACKENDS = frozenset({"tasks.backends.hf", "tasks.backends.unsloth"})
+"""Of these only the chosen one counts, named among the roots by its stage, and what it imports."""
 
 
 def canonical(value: object) -> Any:
@@ -76,7 +78,7 @@ def stage_key(name: str, version: int, code: Mapping[str, str], inputs: object) 
 def code_digests(roots: Iterable[str]) -> dict[str, str]:
     """{module: digest of its code} for the modules and all first-party modules that they import.
 
-    A module under `tasks.backends.` is followed only from another one: name the chosen backend among the roots.
+    A backend is followed only from another one: name the chosen one among the roots.
 
     Raises:
         PipelineError: when a module's source can't be read.
@@ -95,7 +97,7 @@ def code_digests(roots: Iterable[str]) -> dict[str, str]:
 def _counts(module: str, importer: str) -> bool:
     if module in OUTSIDE:
         return False
-    return not module.startswith(BACKENDS) or importer.startswith(BACKENDS)
+    return module not in BACKENDS or importer in BACKENDS
 
 
 @cache

@@ -5,14 +5,15 @@ from __future__ import annotations
 import ast
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from checkout import Checkout
-from tasks.config import IngestConfig, SampleConfig
-from tasks.identity import _without_docstrings, canonical, code_digests, stage_key
+from tasks.config import FinetuneConfig, IngestConfig, SampleConfig
+from tasks.identity import BACKENDS, _without_docstrings, canonical, code_digests, stage_key
 from tasks.refs import Artifact, PipelineError, Products, Source, SourceFile
 
 DIGESTS = "import json, sys; from tasks.identity import code_digests; print(json.dumps(code_digests(sys.argv[1:])))"
@@ -93,10 +94,12 @@ def test_imports_are_followed_and_machinery_is_left_out() -> None:
 
 
 def test_backends_count_only_when_chosen() -> None:
-    assert not [name for name in code_digests(["tasks.finetune"]) if name.startswith("tasks.backends.")]
-    chosen = code_digests(["tasks.finetune", "tasks.backends.hf"])
-    assert "tasks.backends.hf" in chosen
-    assert "tasks.backends.unsloth" not in chosen
+    assert not BACKENDS & code_digests(["tasks.finetune"]).keys()
+    assert BACKENDS & code_digests(["tasks.finetune", "tasks.backends.hf"]).keys() == {"tasks.backends.hf"}
+
+
+def test_every_backend_of_the_config_is_known_as_one() -> None:
+    assert {f"tasks.backends.{name}" for name in get_args(FinetuneConfig.model_fields["backend"].annotation)} == BACKENDS
 
 
 def test_missing_source_is_an_error() -> None:

@@ -1,0 +1,228 @@
+"""A rerun executes what failed or changed, and nothing else. Each test really changes the thing."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Tiny
+from tasks import store
+from tasks.refs import Artifact
+
+ALL = ["ingest", "sample", "sharegpt", "template", "tokenize", "finetune", "evaluate", "save"]
+
+
+def not_cached(steps: dict[str, dict[str, Any]]) -> list[str]:
+    return [name for name, step in steps.items() if step["state"] != "cached"]
+
+
+def artifacts(home: Path) -> list[Path]:
+    return sorted((home / "artifacts").glob("*/*"))
+
+
+def digests(home: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(home)): file.read_bytes() for file in (home / "artifacts").rglob("*") if file.is_file()}
+
+
+def test_first_run_makes_every_stage_and_the_model(finished: Tiny) -> None:
+    assert list(finished.plan()) == ALL
+    model = finished.home / "models" / "tiny" / "unsloth_model_optimized"
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= {f.name for f in model.iterdir()}
+
+
+def test_second_run_is_all_cached(tiny: Tiny) -> None:
+    assert not_cached(tiny.ran()) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "first"),
+    [
+        ("ingest.decode_entities=false", "ingest"),
+        ("sample.seed=43", "sample"),
+        ("sharegpt.conversation_extension=3", "sharegpt"),
+        ("template.questions=[Que produto é este?]", "template"),
+        ("tokenize.loss_on=everything", "tokenize"),
+        ("finetune.learning_rate=2e-3", "finetune"),
+        ("finetune.lora.r=8", "finetune"),
+        ("evaluate.max_new_tokens=9", "evaluate"),
+        ("save.name=mine", "save"),
+    ],
+)
+def test_changed_setting_reruns_its_stage_and_what_follows(finished: Tiny, setting: str, first: str) -> None:
+    steps = finished.plan("--set", setting)
+    assert not_cached(steps) == ALL[ALL.index(first) :]
+    key = setting.split("=")[0].partition(".")[2]
+    assert f"config.{key} " in steps[first]["reason"]
+    assert {steps[name]["reason"] for name in ALL[ALL.index(first) + 1 :]} <= {f"unknown until {first}"}
+
+
+def test_changed_learning_rate_really_trains_again(tiny: Tiny) -> None:
+    assert not_cached(tiny.ran("--set", "finetune.learning_rate=2e-3")) == ["finetune", "evaluate", "save"]
+
+
+@pytest.mark.parametrize("setting", ["ingest.block_bytes=65536", "finetune.keep_checkpoints=1", "cache.verify=size"])
+def test_setting_that_changes_no_result_reruns_nothing(finished: Tiny, setting: str) -> None:
+    assert not_cached(finished.plan("--set", setting)) == []
+
+
+def test_touched_source_reruns_nothing(tiny: Tiny) -> None:
+    os.utime(tiny.source)
+    assert not_cached(tiny.plan()) == []
+
+
+def test_source_moved_elsewhere_reruns_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    tiny.source.rename(tmp_path / "other.json")
+    assert not_cached(tiny.plan("--set", f"ingest.sources=[{tmp_path / 'other.json'}]")) == []
+
+
+def test_appended_malformed_line_reruns_ingest_alone(tiny: Tiny) -> None:
+    with tiny.source.open("a") as file:
+        file.write('{"uid": "X", "title": \n')
+    before = tiny.plan()
+    assert not_cached(before) == ALL
+    assert before["ingest"]["reason"].startswith("source.files ")
+    assert not_cached(tiny.ran()) == ["ingest"]
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "first"),
+    [
+        ("tasks/chat_template.py", None, "\nADDED = 1\n", "template"),
+        ("tasks/sample.py", None, "\nADDED = 1\n", "sample"),
+        ("tasks/backends/hf.py", None, "\nADDED = 1\n", "finetune"),
+        ("tasks/save.py", None, "\nADDED = 1\n", "save"),
+    ],
+)
+def test_edited_code_reruns_its_stage(tiny: Tiny, file: str, before: str | None, after: str, first: str) -> None:
+    tiny.checkout.append(file, after)
+    steps = tiny.plan()
+    assert not_cached(steps) == ALL[ALL.index(first) :]
+    assert steps[first]["reason"] == f"code changed: {file}"
+
+
+def test_comments_docstrings_and_unused_code_rerun_nothing(tiny: Tiny) -> None:
+    tiny.checkout.append("tasks/template.py", "\n# a comment\n")
+    tiny.checkout.edit("tasks/sample.py", '"""', '"""Edited. ')
+    tiny.checkout.append("tasks/backends/unsloth.py", "\nADDED = 1\n")
+    tiny.checkout.append("flows/show.py", "\nADDED = 1\n")
+    tiny.checkout.edit("tasks/config.py", "max_new_tokens: int = Field(default=128", "max_new_tokens: int = Field(default=127")
+    tiny.checkout.edit("tasks/config.py", "tokens: int = Field(default=8192", "tokens: int = Field(default=4096")
+    assert not_cached(tiny.plan()) == []
+
+
+def test_edited_prep_stage_with_equal_bytes_leaves_the_training_cached(tiny: Tiny) -> None:
+    tiny.checkout.append("tasks/template.py", "\nADDED = 1\n")
+    assert not_cached(tiny.ran()) == ["template"]
+
+
+def test_edited_tokenizer_under_the_same_path_reruns_tokenize(tiny: Tiny) -> None:
+    path = tiny.model / "tokenizer.json"
+    stat = path.stat()
+    path.write_text(path.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true').replace("\n", "\n "))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    steps = tiny.plan()
+    assert steps["template"]["state"] == "cached"
+    assert steps["tokenize"]["reason"].startswith("tokenizer.digest ")
+    assert not_cached(steps) == ["tokenize", "finetune", "evaluate", "save"]
+
+
+def test_edited_weights_rerun_the_training(tiny: Tiny) -> None:
+    path = tiny.model / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert not_cached(tiny.plan()) == ["finetune", "evaluate", "save"]
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate", "flip"])
+def test_damage_to_any_output_reruns_its_stage(tiny: Tiny, damage: str) -> None:
+    for stage, step in finished_outputs(tiny).items():
+        kept = step.read_bytes()
+        harm(step, damage)
+        found = tiny.plan()
+        assert found[stage]["state"] == "run", stage
+        assert found[stage]["reason"].startswith("output missing:" if damage == "delete" else "output corrupt:")
+        step.write_bytes(kept)
+
+
+def finished_outputs(tiny: Tiny) -> dict[str, Path]:
+    """{stage: a file of its output}."""
+    entries = tiny.ran()
+    return {
+        name: max((file for file in (tiny.home / entry["path"]).iterdir() if file.name != store.MANIFEST), key=lambda f: f.stat().st_size)
+        for name, entry in entries.items()
+        if name in ("ingest", "tokenize", "finetune", "save")
+    }
+
+
+def harm(file: Path, damage: str) -> None:
+    if damage == "delete":
+        file.unlink()
+    elif damage == "truncate":
+        os.truncate(file, file.stat().st_size - 1)
+    else:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+
+def test_damaged_outputs_are_made_again_byte_for_byte(tiny: Tiny) -> None:
+    before = digests(tiny.home)
+    for name, file in finished_outputs(tiny).items():
+        if name in ("ingest", "tokenize"):
+            harm(file, "flip")
+    assert not_cached(tiny.ran()) == ["ingest", "tokenize"]
+    assert digests(tiny.home) == before
+
+
+def test_two_hundred_flipped_bytes_are_two_hundred_found(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMAZON_FT_HOME", str(tiny.home))
+    everything = [Artifact(kind=path.parent.name, digest=full_digest(path)) for path in artifacts(tiny.home)]
+    files = [(artifact, file) for artifact in everything for file in artifact.path.rglob("*") if file.is_file() and file.stat().st_size]
+    generator, found = random.Random(0), 0
+    for _ in range(200):
+        artifact, file = generator.choice(files)
+        found += flip_is_found(artifact, file, generator)
+    assert found == 200
+
+
+def full_digest(path: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256((path / store.MANIFEST).read_bytes()).hexdigest()
+
+
+def flip_is_found(artifact: Artifact, file: Path, generator: random.Random) -> bool:
+    with file.open("r+b") as handle:
+        where = generator.randrange(file.stat().st_size)
+        handle.seek(where)
+        (byte,) = handle.read(1)
+        handle.seek(where)
+        handle.write(bytes([byte ^ generator.randrange(1, 256)]))
+        handle.flush()
+        try:
+            store.verify(artifact)
+        except store.Missing:
+            return True
+        finally:
+            handle.seek(where)
+            handle.write(bytes([byte]))
+    return False
+
+
+def test_deleted_prefect_home_and_moved_root_rerun_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.move(tiny.home, moved)
+    assert not_cached(tiny.checkout.plan(str(tiny.recipe), AMAZON_FT_HOME=str(moved), PREFECT_HOME=str(tmp_path / "new"))) == []
+
+
+def test_run_below_a_wrong_setting_ends_with_exit_code_2_and_no_trace(tiny: Tiny) -> None:
+    result = tiny.run("--set", "sample.rows=100000", check=False)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "100,000" in result.stderr
