@@ -8,7 +8,7 @@ CPU_TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --extra-index
 # Unsloth's own dependency lists pull CUDA packages; on a CPU these alone are enough to run its backend.
 UNSLOTH := unsloth==2026.10.9 unsloth_zoo==2026.10.9 cut_cross_entropy==25.1.1
 
-.PHONY: install install-dev install-unsloth run test check format clean
+.PHONY: install install-dev install-unsloth run test check lock format clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "Python %d.%d: expected 3.11 to 3.13; set PYTHON=python3.12" % v)'
@@ -40,6 +40,13 @@ check: install-dev
 
 test: check
 	$(BIN)/pytest --cov --cov-report=term
+
+lock: install-dev
+	$(PIP) install -q --dry-run --ignore-installed --report $(VENV)/report.json torch==2.13.0 .[dev]
+	$(BIN)/python -c 'import json; rows = json.load(open("$(VENV)/report.json"))["install"]; \
+	names = sorted((r["metadata"]["name"].lower().replace("_", "-"), r["metadata"]["version"].split("+")[0]) for r in rows); \
+	print("# The versions that CI installs; pip honours this file with -c. Made by: make lock", \
+	*("%s==%s" % row for row in names if row[0] != "amazon-ft"), sep="\n")' > constraints.txt
 
 format: install-dev
 	$(BIN)/ruff format .

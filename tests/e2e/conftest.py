@@ -68,9 +68,7 @@ class Tiny:
     def copy_to(self, path: Path) -> Tiny:
         """The same with everything copied, the source's and the model's times included."""
         shutil.copytree(self.home.parent, path, symlinks=True)
-        moved = Tiny(
-            Checkout(path / "checkout"), path / "tiny.yaml", path / "trn.json", path / "model", path / self.home.name
-        )
+        moved = Tiny(Checkout(path / "checkout"), path / "tiny.yaml", path / "trn.json", path / "model", path / self.home.name)
         moved.write_recipe()
         return moved
 
@@ -109,5 +107,3 @@ def tiny(finished: Tiny, tmp_path: Path) -> Tiny:
 def fresh(prefect_api: str, tmp_path: Path) -> Tiny:
     """A tiny recipe that never ran."""
     return make_tiny(tmp_path / "tiny")
-
-

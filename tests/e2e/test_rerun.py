@@ -32,7 +32,9 @@ def digests(home: Path) -> dict[str, bytes]:
 def test_first_run_makes_every_stage_and_the_model(finished: Tiny) -> None:
     assert list(finished.plan()) == ALL
     model = finished.home / "models" / "tiny" / "unsloth_model_optimized"
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= {f.name for f in model.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= {
+        f.name for f in model.iterdir()
+    }
 
 
 def test_second_run_is_all_cached(tiny: Tiny) -> None:
@@ -154,7 +156,10 @@ def finished_outputs(tiny: Tiny) -> dict[str, Path]:
     """{stage: a file of its output}."""
     entries = tiny.ran()
     return {
-        name: max((file for file in (tiny.home / entry["path"]).iterdir() if file.name != store.MANIFEST), key=lambda f: f.stat().st_size)
+        name: max(
+            (file for file in (tiny.home / entry["path"]).iterdir() if file.name != store.MANIFEST),
+            key=lambda f: f.stat().st_size,
+        )
         for name, entry in entries.items()
         if name in ("ingest", "tokenize", "finetune", "save")
     }
@@ -183,7 +188,9 @@ def test_damaged_outputs_are_made_again_byte_for_byte(tiny: Tiny) -> None:
 def test_two_hundred_flipped_bytes_are_two_hundred_found(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AMAZON_FT_HOME", str(tiny.home))
     everything = [Artifact(kind=path.parent.name, digest=full_digest(path)) for path in artifacts(tiny.home)]
-    files = [(artifact, file) for artifact in everything for file in artifact.path.rglob("*") if file.is_file() and file.stat().st_size]
+    files = [
+        (artifact, file) for artifact in everything for file in artifact.path.rglob("*") if file.is_file() and file.stat().st_size
+    ]
     generator, found = random.Random(0), 0
     for _ in range(200):
         artifact, file = generator.choice(files)

@@ -1,0 +1,42 @@
+"""Run the data stages of a recipe without the engine, again and again the same; print {stage: [key, digest]}."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from tasks.sample import sample
+from tasks.tokenize import tokenize
+
+from flows.recipes import load_recipe
+from tasks.ingest import ingest, locate_source
+from tasks.model import base_model
+from tasks.sharegpt import sharegpt
+from tasks.stage import Stage
+from tasks.template import template
+
+
+def run(recipe_file: str) -> dict[str, list[str]]:
+    recipe, told = load_recipe(recipe_file), dict[str, list[str]]()
+
+    def step(stage: Stage[..., Any], *inputs: Any) -> Any:
+        value = stage.fn(*inputs)
+        digests = [
+            artifact["digest"] for artifact in value.model_dump().values() if isinstance(artifact, dict) and "kind" in artifact
+        ]
+        told[stage.name] = [stage.key(dict(zip(stage.parameters, inputs, strict=True))), *digests]
+        print(stage.name, file=sys.stderr, flush=True)
+        return value
+
+    model = base_model(recipe.model)
+    products = step(ingest, locate_source(recipe.ingest.sources), recipe.ingest)
+    split = step(sample, products, recipe.sample)
+    conversations = step(sharegpt, split, recipe.sharegpt)
+    texts = step(template, conversations, model.tokenizer.special, recipe.template)
+    step(tokenize, texts, model.tokenizer, recipe.tokenize)
+    return told
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(sys.argv[1])))
