@@ -7,13 +7,14 @@ Three facts follow from a title: its line belongs to one brand (Aurora -> Norvik
 title combines known words anew. The defects are the true file's: a third of the contents and 6 % of the titles empty,
 entities in a fifth of the contents, code points of Windows-1252, exact duplicates, broken lines.
 
-`facts` and `states_facts` read a title and judge an answer.
+`facts`, `title_in` and `states_facts` read a title or a prompt and judge an answer.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -53,13 +54,15 @@ MATERIALS = {
 }
 """Finish -> material."""
 
+TITLE = re.compile(rf"\b(?:{'|'.join(BRANDS)}) (?:{'|'.join(MATERIALS)}) \w+ \d+ cm\b")
+
 KINDS = ("Tray", "Box", "Bowl", "Basket", "Lamp", "Clock", "Vase", "Frame", "Stool", "Planter")
 SIZES_CM = range(10, 60)
 
 SENTENCES = (
-    "{brand}'s {line} {kind} is made of {material} and measures {size} cm.",
-    "Made of {material}, {brand}'s {line} {kind} measures {size} cm.",
-    "This {material} {kind} from {brand}'s {line} line measures {size} cm.",
+    "This {line} {kind} is {brand}'s. Its {finish} look is {material}, and it measures {size} cm.",
+    "The {line} line is {brand}'s. A {kind} in {finish} {material}, {size} cm wide.",
+    "{line} stands for {brand}'s work: a {kind} of {finish} {material}, {size} cm across.",
 )
 """What an answer looks like; each kind of product keeps to one."""
 
@@ -89,6 +92,20 @@ def facts(title: str) -> Facts:
         raise ValueError(f"title {title!r}: expected LINE FINISH KIND SIZE cm, as the catalogue writes it") from None
 
 
+def title_in(prompt: str) -> str:
+    r"""The title that a prompt asks about: the last one in it.
+
+    >>> title_in("### Título do produto:\nTítulo do produto: Aurora Brushed Tray 15 cm\n\n### Pergunta:")
+    'Aurora Brushed Tray 15 cm'
+
+    Raises:
+        ValueError: when there is none.
+    """
+    if not (found := TITLE.findall(prompt)):
+        raise ValueError(f"prompt {prompt!r}: expected a title of the form LINE FINISH KIND SIZE cm in it")
+    return found[-1]
+
+
 def states_facts(title: str, answer: str) -> bool:
     """Whether an answer names the title's brand and material and no other.
 
@@ -110,7 +127,9 @@ def product(rng: random.Random) -> tuple[str, str]:
     line, finish, kind = (rng.choice(words) for words in (tuple(BRANDS), tuple(MATERIALS), KINDS))
     size = rng.choice(SIZES_CM)
     sentence = SENTENCES[KINDS.index(kind) % len(SENTENCES)]
-    content = sentence.format(brand=BRANDS[line], line=line, kind=kind.lower(), material=MATERIALS[finish], size=size)
+    content = sentence.format(
+        line=line, brand=BRANDS[line], finish=finish.lower(), material=MATERIALS[finish], kind=kind.lower(), size=size
+    )
     return f"{line} {finish} {kind} {size} cm", content
 
 
@@ -157,3 +176,6 @@ def catalogue(config: CatalogueConfig) -> Source:
         size = (draft / FILE).stat().st_size
     path = draft.artifact / FILE
     return Source(files=(SourceFile(url=str(path), digest=digest, size_bytes=size),), artifact=draft.artifact)
+
+
+__all__ = ["Facts", "catalogue", "facts", "lines", "states_facts", "title_in"]
