@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from tasks import store
 from tasks.backends import Job, Resolved, load_backend
 from tasks.backends.checkpoints import is_last, newest_intact, resumable, step_of
+from tasks.backends.memory import training_errors_explained
 from tasks.backends.progress import announced
 from tasks.config import FinetuneConfig, WeightsConfig
 from tasks.refs import Adapter, Artifact, InputError, Model, home
@@ -72,18 +73,20 @@ def left_behind(key: str) -> str | None:
 
 def _prepare(model: Model, batches: Artifact, config: FinetuneConfig, weights: WeightsConfig, device: str) -> Resolved:
     """Refuse early what can't work, and decide what the request leaves open."""
-    from tasks.backends import hardware
+    from tasks.backends import hardware, memory
 
     if not batches.rows:
-        raise InputError(f"finetune: no rows to train on: got {batches.kind} with 0 rows; expected at least 1. Lower what drops them.")
+        raise InputError(
+            f"finetune: no rows to train on: got {batches.kind} with 0 rows; expected at least 1. Lower what drops them."
+        )
     hardware.check_model(model)
     resolved = hardware.resolve(config, weights, device)
-    shape, free = hardware.read_shape(Path(model.path)), hardware.free_gib(device)
+    shape, free = memory.read_shape(Path(model.path)), hardware.free_gib(device)
     if shape is None:
         return resolved
-    estimate = hardware.estimate_gib(shape, config, resolved, config.batch_size * _longest_row(_rows(batches)))
+    estimate = memory.estimate_gib(shape, config, resolved, config.batch_size * _longest_row(_rows(batches)))
     if free is not None:
-        hardware.check_memory(estimate, free, config)
+        memory.check_memory(estimate, free, config)
     return resolved.model_copy(update={"estimated_gib": estimate, "free_gib": free})
 
 
@@ -94,10 +97,9 @@ def _rows(batches: Artifact) -> Path:
 def _longest_row(path: Path) -> int:
     """Tokens of the longest row."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
-        return max((pc.max(pc.list_value_length(batch["input_ids"])).as_py() or 0 for batch in reader), default=0)
+        return max((int(batch["input_ids"].value_lengths().to_numpy().max(initial=0)) for batch in reader), default=0)
 
 
 def _pin(path: Path, resolved: Resolved) -> Resolved:
@@ -149,7 +151,7 @@ def finetune(
         if newest is None or not is_last(newest):
             if newest is not None:
                 logger.info("finetune goes on from step %d.", step_of(newest))
-            with announced() as progress:
+            with announced() as progress, training_errors_explained(job):
                 peak_gib = load_backend(config.backend).train(job, progress)
             newest = newest_intact(work)
         assert newest is not None, "a training that ends without an error leaves its last checkpoint"

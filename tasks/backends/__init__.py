@@ -4,7 +4,9 @@
     trainer.py            the training loop that both share: TRL's SFTTrainer, watched
     watch.py              per-step losses, divergence, reports
     checkpoints.py        intact or not
-    hardware.py           types, memory and early refusals
+    hardware.py           number types, devices, early refusals
+    memory.py             estimates of memory, and advice when it runs out
+    loading.py            base model and tokenizer by plain transformers
     progress.py           who hears of the training while it runs
     scoring.py            negative log-likelihood and generations
 
@@ -31,7 +33,7 @@ class Resolved(Value):
     device: str
     device_name: str
     versions: dict[str, str]
-    estimated_gib: dict[str, float] = {}
+    estimated_gib: dict[str, float] | None = None
     """Weights, adapter, optimizer, activations and their total, estimated before loading."""
     free_gib: float | None = None
     """GPU memory that was free before loading."""

@@ -1,7 +1,7 @@
 """Checkpoints that can be trusted: each is sealed with the digests of its files, and only an intact one is used.
 
-    work/KEY/checkpoint-50/            what transformers.Trainer writes: adapter, optimizer, schedule, random states
-    work/KEY/checkpoint-50/seal.json   written last: {file: [size, SHA-256]}; a checkpoint without it was cut short
+work/KEY/checkpoint-50/            what transformers.Trainer writes: adapter, optimizer, schedule, random states
+work/KEY/checkpoint-50/seal.json   written last: {file: [size, SHA-256]}; a checkpoint without it was cut short
 """
 
 from __future__ import annotations
@@ -85,6 +85,12 @@ def resumable(work: Path) -> str | None:
     """What an unfinished training left behind, for the plan; quick: sizes only."""
     good = next((path for path in checkpoints(work) if damage_of(path, digests=False) is None), None)
     return f"resumable from step {step_of(good)}" if good else None
+
+
+def describe_kept(work: Path) -> str:
+    """Which checkpoint a failed training leaves, for its error message."""
+    good = next((path for path in checkpoints(work) if damage_of(path, digests=False) is None), None)
+    return f"The checkpoint of step {step_of(good)} is kept in {good}." if good else "No checkpoint had been written yet."
 
 
 def _files(checkpoint: Path) -> list[Path]:

@@ -15,7 +15,7 @@ def load_base(path: Path, dtype: str, *, load_in_4bit: bool, device: str) -> Any
     from transformers import AutoModelForCausalLM
 
     number = getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         str(path),
         dtype=number,
         quantization_config=_nf4(number) if load_in_4bit and not is_quantized(path) else None,
@@ -23,8 +23,6 @@ def load_base(path: Path, dtype: str, *, load_in_4bit: bool, device: str) -> Any
         attn_implementation="sdpa",
         local_files_only=True,
     )
-    model.config.use_cache = False
-    return model
 
 
 def load_tokenizer(model: Model) -> Any:

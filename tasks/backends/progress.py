@@ -122,7 +122,8 @@ class Bar:
 
     def report(self, report: Report) -> None:
         """Move on."""
-        line = f"loss {report.loss:.4f}  lr {report.learning_rate:.2e}  |g| {report.grad_norm:.2f}  {report.tokens_per_second:,.0f} tok/s"
+        speed = f"{report.tokens_per_second:,.0f} tok/s"
+        line = f"loss {report.loss:.4f}  lr {report.learning_rate:.2e}  |g| {report.grad_norm:.2f}  {speed}"
         self._rich.update(self._task, total=report.steps, completed=report.step, description=line)
 
     def close(self) -> None:

@@ -15,25 +15,24 @@ import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from itertools import islice
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from tasks.backends import Job, Progress
-from tasks.backends.checkpoints import checkpoints, damage_of, prune, seal, step_of
-from tasks.backends.hardware import memory_advice, peak_gib
+from tasks.backends.checkpoints import describe_kept, prune, seal, step_of
+from tasks.backends.hardware import peak_gib
 from tasks.backends.watch import LOG, Verdict, Watch, rewind_log
-from tasks.refs import PipelineError
 
 logger = logging.getLogger(__name__)
 
 
 def fit(job: Job, model: Any, tokenizer: Any, progress: Progress, settings: dict[str, Any]) -> float:
-    """Train the wrapped model and say the peak of memory in GiB; `settings` are the SFTConfig arguments in which the backends differ.
+    """Train the wrapped model; return the peak of memory in GiB.
+
+    `settings` are the arguments of SFTConfig in which the backends differ.
 
     Raises:
         DivergedError: naming the step and the uids of its rows.
-        PipelineError: when memory runs out.
     """
     trainer = make_trainer(job, model, tokenizer, settings)
     rewind_log(job.work / LOG, step_of(job.resume) if job.resume else 0)
@@ -45,25 +44,25 @@ def fit(job: Job, model: Any, tokenizer: Any, progress: Progress, settings: dict
             max_loss=job.config.max_loss,
             scaled=job.resolved.dtype == "float16",
             rows_of=lambda step: rows_of_step(trainer, step),
-            kept=lambda: _kept(job.work),
+            kept=lambda: describe_kept(job.work),
         ),
     )
     _attach(trainer, watch, job)
-    with _memory_errors_explained(job), _terminable(trainer):
+    with _terminable(trainer):
         trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
     return peak_gib(job.resolved.device)
 
 
 def make_trainer(job: Job, model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
     """The SFTTrainer; whatever it prints goes to standard error."""
-    import trl
     from transformers import PrinterCallback
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]  # where Unsloth puts its own
 
-    trainer = trl.SFTTrainer(
+    trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
         train_dataset=read_rows(job),
-        args=trl.SFTConfig(**(sft_arguments(job) | settings)),
+        args=SFTConfig(**(sft_arguments(job) | settings)),
     )
     trainer.remove_callback(PrinterCallback)
     for parameter in model.parameters():
@@ -76,7 +75,7 @@ def read_rows(job: Job) -> Any:
     """The pre-tokenized rows, mapped into memory."""
     from datasets import Dataset
 
-    rows = Dataset.from_file(str(job.batches))
+    rows: Any = Dataset.from_file(str(job.batches))
     rows._unsloth_truncated_to = job.max_tokens  # no row is longer; lets Unsloth choose padding-free batches as for texts
     return rows
 
@@ -123,7 +122,7 @@ def planned_steps(trainer: Any) -> int:
 
 
 def rows_of_step(trainer: Any, step: int) -> Sequence[str]:
-    """uids of the rows that a step (from 1) is made of, from the order that the seed gives."""
+    """The uids of the rows that a step (from 1) is made of, from the order that the seed gives."""
     loader, accumulation = trainer.get_train_dataloader(), trainer.args.gradient_accumulation_steps
     epoch, update = divmod(step - 1, -(-len(loader) // accumulation))
     loader.set_epoch(epoch)
@@ -156,45 +155,17 @@ def _attach(trainer: Any, watch: Watch, job: Job) -> None:
         def on_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
             watch.stepped(float(optimizer.param_groups[0]["lr"]))
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, *args: Any, **_: Any) -> None:
+            _, state, control = args
             watch.step_ended(state.global_step)
             if control.should_log or control.should_save:
                 watch.flush()
 
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            seal(job.work / f"checkpoint-{state.global_step}")
+        def on_save(self, *args: Any, **_: Any) -> None:
+            seal(job.work / f"checkpoint-{args[1].global_step}")
             prune(job.work, job.config.keep_checkpoints)
 
     trainer.add_callback(Watched())
-
-
-def _kept(work: Path) -> str:
-    good = next((path for path in checkpoints(work) if damage_of(path, digests=False) is None), None)
-    return f"The checkpoint of step {step_of(good)} is kept in {good}." if good else "No checkpoint had been written yet."
-
-
-@contextmanager
-def _memory_errors_explained(job: Job) -> Generator[None]:
-    """Turn running out of memory into a PipelineError that names the three settings to change."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        where = "GPU" if job.resolved.device == "cuda" else "main"
-        raise PipelineError(
-            f"finetune: out of {where} memory: got {str(error).splitlines()[0] if str(error) else 'no more memory'}; "
-            f"expected the training to fit. {memory_advice(job.config)} {_kept(job.work)}"
-        ) from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error means that memory ran out; torch raises a bare RuntimeError for the CPU's.
-
-    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
-    True
-    """
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 @contextmanager
@@ -212,7 +183,8 @@ def _terminable(trainer: Any) -> Generator[None]:
         received.set()
 
     class Terminating(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, *args: Any, **_: Any) -> None:
+            control = args[2]
             if received.is_set():
                 control.should_save = control.should_training_stop = True
 
@@ -233,4 +205,4 @@ def prints_to_stderr() -> Generator[None]:
         yield
 
 
-__all__ = ["fit", "is_out_of_memory", "make_trainer", "planned_steps", "prints_to_stderr", "read_rows", "rows_of_step", "sft_arguments"]
+__all__ = ["fit", "make_trainer", "planned_steps", "prints_to_stderr", "read_rows", "rows_of_step", "sft_arguments"]
