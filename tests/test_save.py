@@ -1,0 +1,200 @@
+"""What is saved is complete, loads with plain peft and transformers, and is named in one step."""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flows.recipes import load_recipe
+from tasks.card import model_card, snippet
+from tasks.config import SaveConfig
+from tasks.modeldir import directory_model
+from tasks.refs import Adapter, Artifact, Evaluation, InputError, Lineage, Model, SavedModel, StageRecord
+from tasks.save import publish_link, save, seeds
+from tasks.store import publish
+from tests.tiny import BOS, make_tiny_model
+
+TEMPLATE = "{{ bos_token }}{% for message in messages %}### {{ message['content'] }}\n{% endfor %}"
+METRICS = {"rows": 2, "base": {"nll": 3.5, "perplexity": 33.1}, "tuned": {"nll": 0.25, "perplexity": 1.284}}
+
+
+@pytest.fixture(scope="session")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Directories of a tiny base model and of an adapter that changes what it says."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base, adapter = make_tiny_model(tmp_path_factory.mktemp("base")), tmp_path_factory.mktemp("adapter")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    with torch.no_grad():
+        model.save_pretrained(adapter)
+    return base, adapter
+
+
+def artifact_of(kind: str, files: dict[str, str | bytes], rows: int = 1) -> Artifact:
+    with publish(kind) as draft:
+        for name, content in files.items():
+            (draft / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        draft.rows = rows
+    return draft.artifact
+
+
+@pytest.fixture
+def model(tuned: tuple[Path, Path]) -> Model:
+    """The base model as an artifact of the root, as a fetched one is."""
+    kept = artifact_of("model", {file.name: file.read_bytes() for file in tuned[0].iterdir()})
+    return directory_model(kept.path, name="org/SmolLM2-tiny", artifact=kept)
+
+
+@pytest.fixture
+def saved(tuned: tuple[Path, Path], model: Model) -> SavedModel:
+    return save_with(tuned[1], model, SaveConfig())
+
+
+def save_with(adapter_path: Path, model: Model, config: SaveConfig) -> SavedModel:
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    adapter = Adapter(
+        data=artifact_of("adapter", {name: (adapter_path / name).read_bytes() for name in names}),
+        log=artifact_of("training-log", {"train_log.jsonl": "", "resolved.json": '{"dtype": "bfloat16"}'}),
+        steps=60,
+    )
+    evaluation = Evaluation(data=artifact_of("evaluation", {"metrics.json": json.dumps(METRICS), "generations.jsonl": "{}\n"}))
+    template = artifact_of("template", {"template.json": json.dumps({"chat_template": TEMPLATE})})
+    recipe = load_recipe("demo").model_dump(mode="json")
+    lineage = Lineage(recipe=recipe, stages=(StageRecord(name="ingest", key="k" * 64, digest="d" * 64, rows=3),))
+    return save.fn(adapter, evaluation, template, model, config, lineage)
+
+
+def test_everything_that_a_user_takes_away_is_there(saved: SavedModel) -> None:
+    assert {file.name for file in saved.data.path.iterdir()} - {"manifest.json"} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "generations.jsonl",
+        "lineage.json",
+        "metrics.json",
+        "recipe.yaml",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+def test_the_same_inputs_give_the_same_bytes(tuned: tuple[Path, Path], model: Model, saved: SavedModel) -> None:
+    assert save_with(tuned[1], model, SaveConfig()) == saved
+
+
+def test_the_saved_recipe_is_the_full_one_and_loads(saved: SavedModel) -> None:
+    recipe = load_recipe(str(saved.data / "recipe.yaml"))
+    assert recipe == load_recipe("demo")
+
+
+def test_lineage_tells_stages_versions_seeds_and_what_was_resolved(saved: SavedModel, model: Model) -> None:
+    lineage = json.loads((saved.data / "lineage.json").read_text())
+    assert lineage["stages"] == [{"name": "ingest", "key": "k" * 64, "digest": "d" * 64, "rows": 3}]
+    assert lineage["base_model"]["digest"] == model.digest
+    assert lineage["seeds"]["finetune.lora.random_state"] == 3407
+    assert {"python", "torch", "transformers", "peft", "trl"} <= lineage["versions"].keys()
+    assert lineage["training"] == {"dtype": "bfloat16"}
+
+
+def test_the_card_tells_the_hub_and_the_reader(saved: SavedModel) -> None:
+    _, front, body = (saved.data / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "base_model": "org/SmolLM2-tiny",
+        "datasets": ["generated-catalogue"],
+        "language": ["pt", "en"],
+        "library_name": "peft",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["amazon-ft", "lora", "sft", "product-descriptions"],
+    }
+    assert "| nll | 3.5 | 0.25 |" in body
+
+
+def test_it_loads_with_plain_peft_and_transformers_and_answers_as_the_adapter_does(
+    saved: SavedModel, tuned: tuple[Path, Path]
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(saved.data.path)
+    chat = [{"role": "user", "content": "Chaleira"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == f"{BOS}### Chaleira\n"
+    ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)["input_ids"]
+    assert ids[0].tolist().count(tokenizer.bos_token_id) == 1
+    with torch.no_grad():
+        logits, trained, plain = (
+            load(AutoModelForCausalLM.from_pretrained(tuned[0]))(ids).logits
+            for load in (
+                lambda base: PeftModel.from_pretrained(base, saved.data.path),
+                lambda base: PeftModel.from_pretrained(base, tuned[1]),
+                lambda base: base,
+            )
+        )
+    assert torch.equal(logits, trained)
+    assert not torch.equal(logits, plain)
+
+
+def test_the_cards_snippet_runs_where_the_model_lies(saved: SavedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(publish_link(saved, "demo"))
+    code = Path("README.md").read_text().split("```python\n")[1].split("```")[0]
+    with redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "README.md", "exec"), {})
+    assert printed.getvalue()
+
+
+def test_a_hub_model_is_named_with_its_commit(model: Model) -> None:
+    hub = model.model_copy(update={"digest": f"hub:org/tiny@{'a' * 40}", "name": "org/tiny", "artifact": None})
+    assert f"""from_pretrained(base, revision="{"a" * 40}", dtype="auto")""" in snippet(hub, "x")
+    assert "base = 'org/tiny'" in snippet(hub, "x")
+
+
+def test_an_old_tokenizers_own_template_does_not_stay_beside_ours(tuned: tuple[Path, Path], model: Model) -> None:
+    config = Path(model.tokenizer.path) / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": "theirs"}))
+    saved = save_with(tuned[1], model, SaveConfig())
+    assert "chat_template" not in json.loads((saved.data / "tokenizer_config.json").read_text())
+    assert (saved.data / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_without_held_out_rows_the_card_says_so(model: Model) -> None:
+    card = model_card("mine", model, {"name": "default"}, {"rows": 0, "skipped": "no held-out rows"})
+    assert "Nothing was held out, so there is no number to judge it by." in card
+    assert yaml.safe_load(card.split("---\n")[1])["datasets"] == ["AmazonTitles-1.3MM"]
+
+
+def test_the_link_is_relative_and_follows_the_newest(saved: SavedModel, home: Path) -> None:
+    link = publish_link(saved, "demo")
+    newer = SavedModel(data=artifact_of("saved-model", {"README.md": "newer"}), name=saved.name)
+    assert publish_link(newer, "demo") == link == home / "models" / "demo" / "unsloth_model_optimized"
+    assert not link.readlink().is_absolute()
+    assert link.resolve() == newer.data.path.resolve()
+    assert [item.name for item in link.parent.iterdir()] == [link.name]
+
+
+def test_a_directory_in_the_links_place_is_kept_and_named(saved: SavedModel, home: Path) -> None:
+    mine = home / "models" / "demo" / saved.name
+    mine.mkdir(parents=True)
+    with pytest.raises(InputError) as caught:
+        publish_link(saved, "demo")
+    assert str(caught.value) == (f"{mine}: not a link: got a file or directory; expected a link to a saved model. Move it away.")
+
+
+@given(st.dictionaries(st.sampled_from(["seed", "eval_seed", "random_state", "rows"]), st.integers(), max_size=4))
+def test_every_seed_is_found_at_any_depth(section: dict[str, int]) -> None:
+    wanted = {name: value for name, value in section.items() if name != "rows"}
+    assert seeds({"a": {"b": section}}) == {f"a.b.{name}": value for name, value in sorted(wanted.items())}
