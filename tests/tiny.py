@@ -6,9 +6,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as BpeTokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from tasks.refs import Artifact, Model, Special, Tokenizer
+from tasks.store import publish
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 
@@ -34,9 +39,9 @@ def make_tiny_model(path: Path, *, hidden: int = 32, layers: int = 2, vocabulary
     return path
 
 
-def make_tiny_tokenizer(vocabulary: int = 600) -> Tokenizer:
+def make_tiny_tokenizer(vocabulary: int = 600) -> BpeTokenizer:
     """A byte-level BPE tokenizer, as Llama-3's: BOS is 0 and added in front, EOS is 1, the padding token 2."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = BpeTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -110,3 +115,42 @@ def _tokenizer_config() -> dict[str, object]:
 
 def _write(path: Path, content: dict[str, object]) -> None:
     path.write_text(json.dumps(content, indent=1))
+
+
+def tiny_reference(path: Path) -> Model:
+    """What the model stage would hand on for a tiny model's directory."""
+    tokenizer = Tokenizer(path=str(path), digest="tiny", special=Special(bos=BOS, eos=EOS))
+    return Model(path=str(path), digest="tiny", name="org/tiny", tokenizer=tokenizer)
+
+
+def tiny_tokens(rows: int, *, seed: int = 0, kind: str = "tokens") -> Artifact:
+    """Random rows of 10 to 40 ids as tokens.arrow, the first 4 ids unlabelled; or three of them to a pack as packs.arrow."""
+    random = np.random.default_rng(seed)
+    made = [tiny_row(f"u{index}", random.integers(3, 400, size=random.integers(8, 38)).tolist()) for index in range(rows)]
+    if kind == "packs":
+        made = [_packed(made[start : start + 3]) for start in range(0, rows, 3)]
+    return publish_rows(kind, made)
+
+
+def tiny_row(uid: str, ids: list[int]) -> dict[str, list[object]]:
+    """BOS, the ids, EOS; labelled from the fifth on."""
+    row: list[object] = [0, *ids, 1]
+    return {"uids": [uid], "input_ids": row, "labels": [-100] * 4 + row[4:]}
+
+
+def publish_rows(kind: str, rows: list[dict[str, list[object]]]) -> Artifact:
+    """Rows as KIND.arrow."""
+    fields = {"uids": pa.list_(pa.string())} | {name: pa.list_(pa.int32()) for name in rows[0] if name != "uids"}
+    schema = pa.schema(fields)
+    with publish(kind) as draft:
+        with pa.OSFile(str(draft / f"{kind}.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+        draft.rows = len(rows)
+    return draft.artifact
+
+
+def _packed(rows: list[dict[str, list[object]]]) -> dict[str, list[object]]:
+    names = ("uids", "input_ids", "labels")
+    return {name: [item for row in rows for item in row[name]] for name in names} | {
+        "seq_lengths": [len(row["input_ids"]) for row in rows]
+    }

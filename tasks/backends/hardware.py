@@ -27,12 +27,21 @@ def resolve(config: FinetuneConfig, weights: WeightsConfig, device: str) -> Reso
     return Resolved(
         dtype=resolve_dtype(weights.dtype, device),
         load_in_4bit=weights.load_in_4bit,
-        optimizer=config.optimizer,
+        optimizer=resolve_optimizer(config.optimizer, device),
         gradient_checkpointing=config.gradient_checkpointing,
         device=device,
         device_name=device_name(device),
         versions=versions(),
     )
+
+
+def resolve_optimizer(wanted: str, device: str) -> str:
+    """The optimizer to use: 8-bit moments save a GPU's memory; on the CPU the same AdamW keeps them in 32 bits.
+
+    >>> resolve_optimizer("adamw_8bit", "cpu"), resolve_optimizer("adamw_8bit", "cuda")
+    ('adamw_torch', 'adamw_8bit')
+    """
+    return "adamw_torch" if device == "cpu" and wanted == "adamw_8bit" else wanted
 
 
 def check_backend(name: str) -> None:
