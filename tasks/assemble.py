@@ -284,6 +284,14 @@ def _in_spans(offsets: NDArray[np.int64], spans: Sequence[tuple[int, int]]) -> N
     return np.any([(offsets[:, 1] > start) & (offsets[:, 0] < end) for start, end in spans], axis=0)
 
 
-__all__ = ["Bodies", "Encoded", "Shape", "TurnEncoder", "choose_encoder", "encode_whole", "find_cut", "find_shape",
+__all__ = [
+    "Bodies",
+    "Encoded",
+    "Shape",
+    "TurnEncoder",
+    "choose_encoder",
+    "encode_whole",
+    "find_cut",
+    "find_shape",
     "special_pattern",
 ]

@@ -104,7 +104,9 @@ class IngestConfig(Section):
     """`&#8217;` and `&amp;` to the characters they stand for (html.unescape)."""
     decode_c1: bool = True
     """Code points U+0080 to U+009F to the Windows-1252 characters they were meant to be."""
-    block_bytes: int = aside(16 * 2**20, ge=2**16, le=2**30)
+    max_inflation: int = aside(200, ge=1)
+    """A compressed file that unpacks to more than so many times its size is refused as a decompression bomb."""
+    block_bytes: int = aside(4 * 2**20, ge=2**16, le=2**30)
     """Bytes parsed at a time by one thread; bounds memory, never changes the result."""
 
 
@@ -155,6 +157,9 @@ class TokenizeConfig(Section):
     on_overlength: Literal["drop", "truncate", "cut", "error"] = "drop"
     """For a row longer than max_tokens. `truncate` shortens the last answer that fits and ends it with EOS; `cut` takes the
     first max_tokens ids and so loses the EOS, as the document does."""
+    special_tokens_in_products: Literal["text", "control"] = "text"
+    """What `<|end_of_text|>` in a product's text becomes: the characters it is written with, or the control token itself, as
+    the document's tokenizer makes it."""
     max_affected_share: Share = 0.1
     """Fail when more than this share of rows is dropped, cut or left without a label."""
 

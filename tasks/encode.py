@@ -173,7 +173,9 @@ class WordEncoder(BatchEncoder):
         import polars as pl
 
         text = pl.col("text")
-        marked = pl.when(text.str.contains(self._run)).then(text.str.replace_all(self._run, f"${{1}}{MARK}${{2}}")).otherwise(text)
+        marked = (
+            pl.when(text.str.contains(self._run)).then(text.str.replace_all(self._run, f"${{1}}{MARK}${{2}}")).otherwise(text)
+        )
         words = texts.to_frame("text").select(marked.str.extract_all(self._word)).to_series()
         return words.explode().drop_nulls(), words.list.len().to_numpy().astype(np.int64)
 

@@ -84,7 +84,9 @@ def _fields(text: str, columns: Sequence[str]) -> tuple[str | Column, ...]:
                 continue
             if name not in columns or spec or conversion:
                 field = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-                raise _prompt_error(f"got {{{field}}}; expected one of {_braced(columns)}. Double braces that stand for themselves")
+                raise _prompt_error(
+                    f"got {{{field}}}; expected one of {_braced(columns)}. Double braces that stand for themselves"
+                )
             parts.append(Column(name))
     except ValueError as error:
         raise _prompt_error(f"got {text!r} ({error}); expected paired braces. Double braces that stand for themselves") from error

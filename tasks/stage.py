@@ -168,6 +168,7 @@ class Stage(Generic[P, R]):
         self._chosen = chosen
         self._progress = progress
         self._signature = inspect.signature(fn)
+        self.parameters = tuple(self._signature.parameters)
         self.__doc__ = fn.__doc__
         code_digests([self.module])  # read the source now, while it is what was imported
 

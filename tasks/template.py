@@ -128,9 +128,7 @@ def _questioned(turns: pa.Table, config: TemplateConfig) -> Iterator[pa.RecordBa
         )
 
 
-def _rendered(
-    table: pa.Table, gather: Gather, template: Mapping[str, str | None], schema: pa.Schema
-) -> Iterator[pa.RecordBatch]:
+def _rendered(table: pa.Table, gather: Gather, template: Mapping[str, str | None], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
 
     for start, end in batch_ranges(table.num_rows):

@@ -315,7 +315,9 @@ def tokenize(texts: Texts, tokenizer: Tokenizer, config: TokenizeConfig) -> Spli
     method = choose_method(texts.train, load_tokenizer(Path(tokenizer.path)), template, config)
     train, counted = _tokenize("training rows", texts.train, method)
     evaluation, _ = _tokenize("evaluation rows", texts.evaluation, method)
-    logger.info("tokenize: %s rows, %s tokens, %s of them learnt", f"{counted.kept:,}", f"{counted.tokens:,}", f"{counted.learnt:,}")
+    logger.info(
+        "tokenize: %s rows, %s tokens, %s of them learnt", f"{counted.kept:,}", f"{counted.tokens:,}", f"{counted.learnt:,}"
+    )
     return Split(train=train, evaluation=evaluation, counts={**asdict(counted), "evaluation": evaluation.rows})
 
 

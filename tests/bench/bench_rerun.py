@@ -43,7 +43,9 @@ def main() -> None:
     cli = [sys.executable, "-m", "flows.cli"]
     run, empty, plan = [*cli, "run", arguments.recipe, "--json"], [sys.executable, "-c", EMPTY], [*cli, "plan", arguments.recipe]
     seconds(run)
-    states = {stage["state"] for stage in json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout)["stages"]}
+    states = {
+        stage["state"] for stage in json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout)["stages"]
+    }
     if states != {"cached"}:
         sys.exit(f"bench_rerun: the second run of {arguments.recipe} was not all cached: {states}")
     times: dict[str, list[float]] = {"cached run": [], "empty flow": [], "plan": []}

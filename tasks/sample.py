@@ -1,0 +1,170 @@
+"""Seeded choice of training and evaluation products.
+
+The document's `shuffle(seed).select(range(rows))` is `default_rng(seed).permutation(n)[:rows]` (Source: datasets 4.8.5,
+Dataset.shuffle). Evaluation products are drawn beside it, and no training product equals one of them, whatever the case, the
+white space and the Unicode form of its title and content.
+
+    before    permutation(eval_seed) -> evaluation;   the rest, without their equals -> permutation(seed) -> train
+    after     permutation(seed) -> train, as in the document;   further on, those that equal none of train -> evaluation
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Collection, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.config import SampleConfig
+from tasks.refs import Artifact, InputError, Products, Split
+from tasks.stage import stage
+from tasks.store import publish
+from tasks.tables import Gather, Rows, batch_ranges, read_table, write_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FILE = "products.arrow"
+GATHER_ROWS = 32_768
+"""Rows taken from the input at a time; more of them mean fewer passes over its batches."""
+DRAW_ROWS = 65_536
+IRREGULAR = ("  ", *(chr(code) for code in (*range(0x09, 0x0E), *range(0x1C, 0x20))))
+"""White space of ASCII that `normalised` changes within a text."""
+
+Text = tuple[str, str]
+"""Title and content, normalised."""
+
+
+def permutation(rows: int, seed: int) -> NDArray[np.int64]:
+    """Row numbers in the order of `Dataset.shuffle(seed)`.
+
+    >>> permutation(5, 42).tolist()
+    [4, 2, 3, 1, 0]
+    """
+    return np.random.default_rng(seed).permutation(rows)
+
+
+def normalised(text: str) -> str:
+    r"""The text by which two products count as equal.
+
+    >>> normalised("  \uff30an  & LID\xa0")
+    'pan & lid'
+    """
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def choose_before(table: pa.Table, config: SampleConfig) -> tuple[Rows, Rows]:
+    """Rows for training and for evaluation; the latter and their equals leave the pool that the former are drawn from.
+
+    Raises:
+        InputError: when there are fewer rows than asked for.
+    """
+    drawn = draw(table, permutation(table.num_rows, config.eval_seed), config.eval_rows)
+    free = np.ones(table.num_rows, np.bool_)
+    free[list(drawn.values())] = False
+    free[[row for row, _ in equal_rows(table, drawn)]] = False
+    pool = np.flatnonzero(free)
+    _enough(
+        "sample.rows", config.rows, len(pool), f"{table.num_rows:,} products less {len(drawn):,} for evaluation and their equals"
+    )
+    return pool[permutation(len(pool), config.seed)[: config.rows]], np.fromiter(drawn.values(), np.int64)
+
+
+def choose_after(table: pa.Table, config: SampleConfig) -> tuple[Rows, Rows]:
+    """Rows for training, exactly the document's, and rows for evaluation that come later in its order.
+
+    Raises:
+        InputError: when there are fewer rows than asked for.
+    """
+    _enough("sample.rows", config.rows, table.num_rows, "products")
+    order = permutation(table.num_rows, config.seed)
+    trained = np.zeros(table.num_rows, np.bool_)
+    trained[order[: config.rows]] = True
+
+    def seen(texts: Collection[Text]) -> set[Text]:
+        return {text for row, text in equal_rows(table, texts) if trained[row]}
+
+    drawn = draw(table, order[config.rows :], config.eval_rows, seen)
+    return order[: config.rows], np.fromiter(drawn.values(), np.int64)
+
+
+def draw(
+    table: pa.Table, order: Rows, count: int, refused: Callable[[Collection[Text]], set[Text]] = lambda _: set()
+) -> dict[Text, int]:
+    """The first `count` rows in that order that have a title and a content, differ, and are not refused.
+
+    Raises:
+        InputError: when there are fewer.
+    """
+    drawn, gather, start, size = dict[Text, int](), Gather(table), 0, count + 64
+    while len(drawn) < count and start < len(order):
+        rows = order[start : start + size]
+        new = dict[Text, int]()
+        for row, text in zip(rows.tolist(), _texts(gather(rows)), strict=True):
+            if all(text) and text not in drawn:
+                new.setdefault(text, row)
+        unwanted = refused(new)
+        drawn |= {text: row for text, row in new.items() if text not in unwanted}
+        start, size = start + size, min(2 * size, DRAW_ROWS)
+    _enough("sample.eval_rows", count, len(drawn), "distinct products with a title and a content that training leaves over")
+    return dict(islice(drawn.items(), count))
+
+
+def equal_rows(table: pa.Table, texts: Collection[Text]) -> Iterator[tuple[int, Text]]:
+    """Rows whose normalised title and content are among the texts, each with its text."""
+    titles, start = {title for title, _ in texts}, 0
+    for batch in table.to_batches() if texts else ():
+        rows = _maybe_titled(batch["title"], titles)
+        for row, title in zip(rows, batch["title"].take(rows).to_pylist(), strict=True):
+            normal = normalised(title)
+            if normal in titles and (text := (normal, normalised(batch["content"][row].as_py()))) in texts:
+                yield start + row, text
+        start += batch.num_rows
+
+
+def _maybe_titled(titles: pa.StringArray, wanted: Collection[str]) -> list[int]:
+    """Row numbers of the titles that may be among the wanted ones once normalised.
+
+    A regular ASCII title only needs its case folded; the others are for the caller to look at.
+    """
+    import polars as pl
+
+    title = pl.Series(titles)
+    ends = title.str.starts_with(" ") | title.str.ends_with(" ")
+    regular = (title.str.len_bytes() == title.str.len_chars()) & ~ends & ~title.str.contains_any(list(IRREGULAR))
+    return (~regular | title.str.to_lowercase().is_in(list(wanted))).arg_true().to_list()
+
+
+def _texts(batch: pa.RecordBatch) -> Iterator[Text]:
+    columns = (batch[name].to_pylist() for name in ("title", "content"))
+    return ((normalised(title), normalised(content)) for title, content in zip(*columns, strict=True))
+
+
+def _enough(field: str, wanted: int, there: int, what: str) -> None:
+    if wanted > there:
+        raise InputError(f"{field}: got {wanted:,}; expected at most {there:,} ({what}). Lower {field} or give more data.")
+
+
+def _publish(kind: str, table: pa.Table, rows: Rows) -> Artifact:
+    gather = Gather(table)
+    with publish(kind, need_bytes=table.nbytes * len(rows) // max(table.num_rows, 1)) as draft:
+        taken = (gather(rows[start:end]) for start, end in batch_ranges(len(rows), GATHER_ROWS))
+        batches = (batch.slice(start, end - start) for batch in taken for start, end in batch_ranges(batch.num_rows))
+        draft.rows = write_table(draft / FILE, table.schema, batches)
+    return draft.artifact
+
+
+@stage(version=1)
+def sample(products: Products, config: SampleConfig) -> Split:
+    """Choose training and evaluation products."""
+    table = read_table(products.data / FILE)
+    choose = choose_before if config.eval_split == "before" else choose_after
+    train, evaluation = choose(table, config)
+    counts = {"products": table.num_rows, "train": len(train), "evaluation": len(evaluation)}
+    return Split(train=_publish("train", table, train), evaluation=_publish("evaluation", table, evaluation), counts=counts)
+
+
+__all__ = ["choose_after", "choose_before", "draw", "equal_rows", "normalised", "permutation", "sample"]

@@ -1,0 +1,86 @@
+"""Streams whose result shows neither the number of threads nor the size of the blocks they came in."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.tables import one_batch
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+BATCH_ROWS = 4096
+BATCH_BYTES = 32 * 2**20
+"""A batch ends with the row that reaches either."""
+
+
+def in_order(items: Generator[T], work: Callable[[T], R]) -> Generator[R]:
+    """`work` done on each item by as many threads as there are cores, in the order of the items.
+
+    One more thread draws the items, a few ahead, so that reading and working overlap.
+    """
+    threads = len(os.sched_getaffinity(0))
+    with closing(items), ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(1) as reader:
+        waiting, ahead = deque[Future[R]](), reader.submit(next, items, None)
+        try:
+            while (item := ahead.result()) is not None:
+                ahead = reader.submit(next, items, None)
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def fixed_batches(
+    tables: Iterable[pa.Table], max_rows: int = BATCH_ROWS, max_bytes: int = BATCH_BYTES
+) -> Iterator[pa.RecordBatch]:
+    """The rows of tables of strings in batches that depend on nothing but the rows.
+
+    >>> import pyarrow as pa
+    >>> tables = [pa.table({"title": ["a"]}), pa.table({"title": ["b", "c", "long"]})]
+    >>> [batch["title"].to_pylist() for batch in fixed_batches(tables, max_rows=2)]
+    [['a', 'b'], ['c', 'long']]
+    >>> [batch["title"].to_pylist() for batch in fixed_batches(tables, max_bytes=3)]
+    [['a', 'b', 'c'], ['long']]
+    """
+    import pyarrow as pa
+
+    pending, rows, size = list[pa.Table](), 0, 0
+    for table in tables:
+        ends, start = np.cumsum(_row_bytes(table)), 0
+        while start < table.num_rows:
+            before = int(ends[start - 1]) if start else 0
+            filled = int(np.searchsorted(ends, before + max_bytes - size)) + 1
+            end = min(start + max_rows - rows, filled, table.num_rows)
+            pending.append(table.slice(start, end - start))
+            rows, size, start = rows + end - start, size + int(ends[end - 1]) - before, end
+            if rows == max_rows or size >= max_bytes:
+                yield one_batch(pa.concat_tables(pending))
+                pending, rows, size = [], 0, 0
+    if pending:
+        yield one_batch(pa.concat_tables(pending))
+
+
+def _row_bytes(table: pa.Table) -> NDArray[np.int64]:
+    from pyarrow import compute
+
+    lengths = [compute.binary_length(column).to_numpy() for column in table.columns]
+    return np.sum(lengths, axis=0, dtype=np.int64)
+
+
+__all__ = ["fixed_batches", "in_order"]

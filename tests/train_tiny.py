@@ -1,0 +1,45 @@
+"""Trains a tiny model in a process of its own, for tests that kill it: python -m tests.train_tiny MODEL_DIR CONFIG_JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tasks.config import FinetuneConfig, WeightsConfig
+from tasks.finetune import finetune
+from tasks.refs import Adapter, Artifact, Model
+from tests.tiny import tiny_reference, tiny_tokens
+
+QUICK: dict[str, Any] = {
+    "backend": "hf",
+    "gradient_checkpointing": "none",
+    "optimizer": "adamw_torch",
+    "learning_rate": 1e-3,
+    "max_steps": 12,
+    "warmup_steps": 2,
+    "logging_steps": 2,
+    "save_steps": 4,
+}
+MAX_TOKENS = 64
+
+
+def inputs(model: Model, batches: Artifact, **changes: Any) -> dict[str, Any]:
+    """What the finetune stage is called with."""
+    weights = WeightsConfig(load_in_4bit=changes.pop("load_in_4bit", False), dtype=changes.pop("dtype", "auto"))
+    device = changes.pop("device", "cpu")
+    config = FinetuneConfig(**{**QUICK, **changes})
+    return {"model": model, "batches": batches, "config": config, "weights": weights, "max_tokens": MAX_TOKENS, "device": device}
+
+
+def train(model: Model, batches: Artifact, **changes: Any) -> Adapter:
+    """Run the stage as its Prefect task would, without the engine, on one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    return finetune.execute(inputs(model, batches, **changes))
+
+
+if __name__ == "__main__":
+    print(train(tiny_reference(Path(sys.argv[1])), tiny_tokens(40), **json.loads(sys.argv[2])).model_dump_json())
