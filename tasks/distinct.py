@@ -1,7 +1,7 @@
 """A set of 128-bit hashes that grows to any size: 16 bytes a member, on disk where it is large.
 
-Members lie in runs sorted by their upper half, which are merged whenever two neighbours are about equal in length, so that there are only a
-few. A bitmap answers most questions about new members without a search.
+Members lie in runs sorted by their upper half, which are merged whenever two neighbours are about equal in length, so that
+there are only a few. A bitmap answers most questions about new members without a search.
 """
 
 from __future__ import annotations

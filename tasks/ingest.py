@@ -106,7 +106,8 @@ class Tally:
         if self.rejected > self.config.max_bad_share * self.lines:
             raise InputError(
                 f"ingest: bad lines: got {self.rejected:,} of {self.lines:,}; expected at most max_bad_share="
-                f"{self.config.max_bad_share:.2%}. First: {'; '.join(self.examples)}. Mend the file or raise ingest.max_bad_share."
+                f"{self.config.max_bad_share:.2%}. First: {'; '.join(self.examples)}. "
+                "Mend the file or raise ingest.max_bad_share."
             )
         if not kept:
             why = ", ".join(f"{count:,} {reason}" for reason, count in sorted((+self.dropped).items())) or "nothing dropped"
@@ -172,8 +173,9 @@ def ingest(source: Source, config: IngestConfig) -> Products:
     need_bytes = sum(file.size_bytes for file in source.files) // 2
     with publish("products", need_bytes=need_bytes) as draft, ExitStack() as stack:
         tally = Tally(config, stack)
-        pieces = stack.enter_context(closing(in_order(read_pieces(source, config), partial(clean_piece, config=config))))
-        tables = distinct_tables(pieces, config, tally, Distinct(draft.path))
+        pieces = stack.enter_context(closing(read_pieces(source, config)))
+        cleaned = stack.enter_context(closing(in_order(partial(clean_piece, config=config), pieces)))
+        tables = distinct_tables(cleaned, config, tally, Distinct(draft.path))
         draft.rows = write_table(draft / "products.arrow", product_schema(), fixed_batches(tables))
         tally.check(draft.rows)
     rejects = tally.draft.artifact if tally.draft else None

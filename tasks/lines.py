@@ -223,8 +223,8 @@ def _numbered(table: pa.Table, prefix: str, first_line: int) -> pa.Table:
     from pyarrow import compute
 
     numbers = pa.array(range(first_line, first_line + table.num_rows)).cast(pa.string())
-    uids = compute.binary_join_element_wise(pa.scalar(prefix), numbers, "")
-    return table.set_column(0, "uid", compute.coalesce(table["uid"], uids))
+    uids = compute.call_function("binary_join_element_wise", [pa.scalar(prefix), numbers, ""])
+    return table.set_column(0, "uid", compute.call_function("coalesce", [table["uid"], uids]))
 
 
 __all__ = ["Block", "Reject", "Rows", "product_schema", "read_block", "read_strict"]

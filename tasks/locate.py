@@ -51,7 +51,7 @@ def _match(source: str) -> Iterable[Path]:
     path = Path(source.removeprefix("file://")).expanduser().absolute()
     if path.exists():
         return [path]
-    found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+    found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207  # Path's takes no absolute one
     if not found:
         raise InputError(f"{source}: not found")
     return found

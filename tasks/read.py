@@ -121,9 +121,12 @@ def _unpacked(raw: IO[bytes], path: Path, max_inflation: int) -> Generator[Strea
         with _decompressed(raw, path, max_inflation) as stream:
             yield stream
         return
-    with zipfile.ZipFile(raw) as archive, archive.open(_member(archive, path)) as member:
-        with _decompressed(member, path, max_inflation) as stream:
-            yield stream
+    with (
+        zipfile.ZipFile(raw) as archive,
+        archive.open(_member(archive, path)) as member,
+        _decompressed(member, path, max_inflation) as stream,
+    ):
+        yield stream
 
 
 @contextmanager

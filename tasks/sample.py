@@ -163,7 +163,7 @@ def sample(products: Products, config: SampleConfig) -> Split:
     table = read_table(products.data / FILE)
     choose = choose_before if config.eval_split == "before" else choose_after
     train, evaluation = choose(table, config)
-    counts = {"products": table.num_rows, "train": len(train), "evaluation": len(evaluation)}
+    counts: dict[str, float] = {"products": table.num_rows, "train": len(train), "evaluation": len(evaluation)}
     return Split(train=_publish("train", table, train), evaluation=_publish("evaluation", table, evaluation), counts=counts)
 
 

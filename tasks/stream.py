@@ -6,7 +6,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -25,17 +24,20 @@ BATCH_BYTES = 32 * 2**20
 """A batch ends with the row that reaches either."""
 
 
-def in_order(items: Generator[T], work: Callable[[T], R]) -> Generator[R]:
-    """`work` done on each item by as many threads as there are cores, in the order of the items.
+def in_order(work: Callable[[T], R], items: Iterable[T]) -> Generator[R]:
+    """As `map`, in order, by as many threads as there are cores; a bounded number of items is under way.
 
-    One more thread draws the items, a few ahead, so that reading and working overlap.
+    One more thread draws the items, one ahead, so that reading and working overlap. No item is None.
+
+    >>> list(in_order(abs, [-1, 2, -3]))
+    [1, 2, 3]
     """
-    threads = len(os.sched_getaffinity(0))
-    with closing(items), ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(1) as reader:
-        waiting, ahead = deque[Future[R]](), reader.submit(next, items, None)
+    threads, drawn = len(os.sched_getaffinity(0)), iter(items)
+    with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(1) as reader:
+        waiting, ahead = deque[Future[R]](), reader.submit(next, drawn, None)
         try:
             while (item := ahead.result()) is not None:
-                ahead = reader.submit(next, items, None)
+                ahead = reader.submit(next, drawn, None)
                 waiting.append(pool.submit(work, item))
                 if len(waiting) > threads:
                     yield waiting.popleft().result()
@@ -79,8 +81,8 @@ def fixed_batches(
 def _row_bytes(table: pa.Table) -> NDArray[np.int64]:
     from pyarrow import compute
 
-    lengths = [compute.binary_length(column).to_numpy() for column in table.columns]
-    return np.sum(lengths, axis=0, dtype=np.int64)
+    lengths = [compute.call_function("binary_length", [column]).to_numpy() for column in table.columns]
+    return np.array(lengths, np.int64).sum(axis=0)
 
 
 __all__ = ["fixed_batches", "in_order"]

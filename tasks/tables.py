@@ -5,21 +5,16 @@ Memory is bounded by `BATCH_ROWS`, not by the file: what `read_table` returns ar
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-T = TypeVar("T")
-U = TypeVar("U")
 
 BATCH_ROWS = 4096
 """Rows made, held and written at a time."""
@@ -54,22 +49,6 @@ def batch_ranges(rows: int, size: int = BATCH_ROWS) -> Iterator[tuple[int, int]]
     [(0, 2), (2, 4), (4, 5)]
     """
     return pairwise([*range(0, rows, size), rows])
-
-
-def run_ahead(function: Callable[[T], U], items: Iterable[T], *, threads: int = 2) -> Iterator[U]:
-    """As `map`, in order, with a bounded number of calls under way in threads.
-
-    >>> list(run_ahead(abs, [-1, 2, -3]))
-    [1, 2, 3]
-    """
-    with ThreadPoolExecutor(threads) as pool:
-        under_way: deque[Future[U]] = deque()
-        for item in items:
-            under_way.append(pool.submit(function, item))
-            if len(under_way) > threads:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
 
 
 class Gather:
@@ -118,4 +97,4 @@ def row_lists(values: pa.Array, width: int) -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets, values)
 
 
-__all__ = ["BATCH_ROWS", "Gather", "Rows", "batch_ranges", "one_batch", "read_table", "row_lists", "run_ahead", "write_table"]
+__all__ = ["BATCH_ROWS", "Gather", "Rows", "batch_ranges", "one_batch", "read_table", "row_lists", "write_table"]

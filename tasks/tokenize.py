@@ -27,7 +27,8 @@ from tasks.encode import Ids, from_ids, load_tokenizer, to_ids
 from tasks.refs import Artifact, InputError, Split, Texts, Tokenizer
 from tasks.stage import stage
 from tasks.store import publish
-from tasks.tables import BATCH_ROWS, Gather, batch_ranges, one_batch, read_table, run_ahead, write_table
+from tasks.stream import in_order
+from tasks.tables import BATCH_ROWS, Gather, batch_ranges, one_batch, read_table, write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -183,7 +184,7 @@ class Stream:
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
         ranges = batch_ranges(self._table.num_rows, BATCH_ROWS // 4)
-        for uids, encoded in run_ahead(self._encoded, ranges):
+        for uids, encoded in in_order(self._encoded, ranges):
             lengths = np.diff(to_ids(encoded.ids)[1])
             self.tally.rows += len(uids)
             self.tally.longest = max(self.tally.longest, int(lengths.max(initial=0)))
@@ -228,7 +229,7 @@ class Method:
 
         turns = read_table(texts / "turns.arrow")
         schema = pa.schema({"ids": pa.large_binary(), "unlearnt": pa.int64()})
-        write_table(scratch, schema, run_ahead(encode, batch_ranges(turns.num_rows)))
+        write_table(scratch, schema, in_order(encode, batch_ranges(turns.num_rows)))
         gather = Gather(read_table(scratch))
 
         def assemble(products: NDArray[np.integer], width: int) -> Encoded:
