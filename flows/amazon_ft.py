@@ -5,13 +5,13 @@ from __future__ import annotations
 from contextlib import suppress
 
 from prefect import flow
-from tasks.save import publish_link
 
 from flows.pipeline import pipeline
 from flows.recipes import build_recipe
-from tasks import store
+from tasks import runs
 from tasks.config import Recipe
 from tasks.refs import SavedModel
+from tasks.save import publish_link
 from tasks.stage import StageReached, ending_with
 
 
@@ -25,7 +25,7 @@ def amazon_ft(config: Recipe, overrides: tuple[str, ...] = (), until: str | None
         until: the stage to end with; None for all.
     """
     recipe = build_recipe(config.model_dump(mode="json"), overrides)
-    with store.run_record(recipe.name, recipe.model_dump(mode="json")), ending_with(until), suppress(StageReached):
+    with runs.run_record(recipe.name, recipe.model_dump(mode="json")), ending_with(until), suppress(StageReached):
         saved = pipeline(recipe)
         publish_link(saved, recipe.name)
         return saved

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tasks import store
+from tasks import locks, runs
 from tasks.refs import ConfigError, home
 
 UNIT_SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -30,11 +30,11 @@ class Entry:
 
 def inventory() -> list[Entry]:
     """Every artifact and work directory, largest first."""
-    runs = store.past_runs()
+    past = runs.past_runs()
     entries = [
-        Entry(path.parent.name, str(path.relative_to(home())), _size(path), _referring(runs, path)) for path in _artifacts()
+        Entry(path.parent.name, str(path.relative_to(home())), _size(path), _referring(past, path)) for path in _artifacts()
     ]
-    entries += [Entry("work", str(path.relative_to(home())), _size(path), _working(runs, path)) for path in _work()]
+    entries += [Entry("work", str(path.relative_to(home())), _size(path), _working(past, path)) for path in _work()]
     return sorted(entries, key=lambda entry: -entry.size_bytes)
 
 
@@ -62,16 +62,16 @@ def collect(keep_last: int, age_seconds: float, *, dry_run: bool = False) -> lis
     `age_seconds`. Removing is a rename under the root's mutex, so that a run which starts meanwhile sees a whole artifact or
     none.
     """
-    with store.mutex():
-        runs = store.past_runs()
-        kept = [run for run in runs if _is_kept(run, runs, keep_last, age_seconds)]
+    with locks.mutex():
+        past = runs.past_runs()
+        kept = [run for run in past if _is_kept(run, past, keep_last, age_seconds)]
         doomed = [*_unreferenced(kept), *_leftovers()]
         gone = [Entry(_kind(path), str(path.relative_to(home())), _size(path)) for path in doomed]
         if dry_run:
             return gone
         _drop_records(kept)
         trash = _to_trash(doomed)
-        for run in runs:
+        for run in past:
             if run not in kept:
                 (home() / "runs" / f"{run['id']}.json").unlink(missing_ok=True)
     shutil.rmtree(trash, ignore_errors=True)
@@ -79,7 +79,7 @@ def collect(keep_last: int, age_seconds: float, *, dry_run: bool = False) -> lis
 
 
 def _is_kept(run: dict[str, Any], runs: list[dict[str, Any]], keep_last: int, age_seconds: float) -> bool:
-    if store.is_locked(home() / "runs" / f"{run['id']}.lock"):
+    if locks.is_locked(home() / "runs" / f"{run['id']}.lock"):
         return True
     finished = [other["started"] for other in runs if other["recipe"] == run["recipe"] and other["finished"]][:keep_last]
     oldest_kept = min(finished, default=0.0) if keep_last else float("inf")
@@ -90,13 +90,13 @@ def _unreferenced(kept: list[dict[str, Any]]) -> Iterator[Path]:
     used = {name for run in kept for name in run["artifacts"]}
     keys = {entry["key"][:32] for run in kept for entry in run["stages"]}
     yield from (path for path in _artifacts() if f"{path.parent.name}/{path.name}" not in used)
-    yield from (path for path in _work() if path.name not in keys and not store.is_locked(path / ".lock"))
+    yield from (path for path in _work() if path.name not in keys and not locks.is_locked(path / ".lock"))
 
 
 def _leftovers() -> Iterator[Path]:
     """Drafts and half-written files whose writer is gone, links to nothing, and an earlier sweep's trash."""
     for path in [*_children("drafts"), *(home() / "runs").glob("*.lock")]:
-        if not store.is_locked(path.with_suffix(".lock")):
+        if not locks.is_locked(path.with_suffix(".lock")):
             yield path
     yield from (path for folder in ("runs", "records") for path in _children(folder) if path.name.startswith("."))
     yield from (path for path in (home() / "models").glob("*/*") if path.is_symlink() and not path.exists())

@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 
 from flows import show
 from flows.recipes import load_recipe
-from tasks import store
+from tasks import runs
 from tasks.refs import ConfigError, InputError, PipelineError, SavedModel
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run(
 ) -> None:
     """Run a recipe here, in this process: only what failed or changed is run again."""
     chosen = load_recipe(recipe, overrides or ())
-    with store.run_record(chosen.name, chosen.model_dump(mode="json")) as record:
+    with runs.run_record(chosen.name, chosen.model_dump(mode="json")) as record:
         try:
             saved = _run_flow(chosen, until, debug)
         finally:

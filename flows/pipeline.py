@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from tasks.ingest import ingest, locate_source
-from tasks.model import base_model
-from tasks.pack import pack
-from tasks.sample import sample
-from tasks.save import save
-from tasks.sharegpt import sharegpt
-from tasks.template import template
-from tasks.tokenize import tokenize
-
 from flows.dispatch import tune
 from tasks.catalogue import catalogue
 from tasks.config import Recipe
-from tasks.refs import SavedModel
-from tasks.stage import Plan, lineage, planning, verifying
+from tasks.ingest import ingest, locate_source
+from tasks.model import base_model
+from tasks.pack import pack
+from tasks.refs import Prepared, SavedModel
+from tasks.sample import sample
+from tasks.save import save
+from tasks.sharegpt import sharegpt
+from tasks.stage import Plan, lineage, planning
+from tasks.store import verifying
+from tasks.template import template
+from tasks.tokenize import tokenize
 
 STAGES = ("ingest", "sample", "sharegpt", "template", "tokenize", "pack", "finetune", "evaluate", "save")
 
@@ -31,7 +31,10 @@ def pipeline(recipe: Recipe) -> SavedModel:
         texts = template(conversations, model.tokenizer.special, recipe.template)
         tokens = tokenize(texts, model.tokenizer, recipe.tokenize)
         batches = pack(tokens.train, recipe.pack) if recipe.pack else tokens.train
-        adapter, evaluation = tune(recipe, model, batches, tokens.evaluation, texts.evaluation)
+        prepared = Prepared(
+            model=model, batches=batches, tokens=tokens.evaluation, texts=texts.evaluation, template=texts.template
+        )
+        adapter, evaluation = tune(recipe, prepared)
         return save(adapter, evaluation, texts.template, model, recipe.save, lineage())
 
 

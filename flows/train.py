@@ -7,17 +7,15 @@ from contextlib import suppress
 from prefect import flow
 
 from flows.dispatch import finetune_and_evaluate
-from tasks import store
+from tasks import runs
 from tasks.config import Recipe
-from tasks.refs import Adapter, Artifact, Evaluation, Model
+from tasks.refs import Adapter, Evaluation, Prepared
 from tasks.stage import StageReached
 
 
 @flow(name="amazon-ft-train", flow_run_name="{recipe.name}")
-def amazon_ft_train(
-    recipe: Recipe, model: Model, batches: Artifact, tokens: Artifact, texts: Artifact
-) -> tuple[Adapter, Evaluation] | None:
-    """Fine-tune the model on the batches and evaluate it on the held-out tokens; None when the run was to end earlier."""
-    with store.run_record(recipe.name, recipe.model_dump(mode="json")), suppress(StageReached):
-        return finetune_and_evaluate(recipe, model, batches, tokens, texts)
+def amazon_ft_train(recipe: Recipe, prepared: Prepared) -> tuple[Adapter, Evaluation] | None:
+    """Fine-tune the model and evaluate it; None when the run was to end earlier."""
+    with runs.run_record(recipe.name, recipe.model_dump(mode="json")), suppress(StageReached):
+        return finetune_and_evaluate(recipe, prepared)
     return None

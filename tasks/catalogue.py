@@ -19,9 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tasks.config import CatalogueConfig
+from tasks.files import file_digest
 from tasks.refs import Source, SourceFile
 from tasks.stage import stage
-from tasks.store import file_digest, publish
+from tasks.store import publish
 
 FILE = "trn.json"
 BYTES_A_ROW = 240

@@ -41,7 +41,7 @@ class RecordSerializer(Serializer):  # pyright: ignore[reportMissingTypeArgument
     def loads(self, blob: bytes) -> BaseModel:
         """The reference, its artifacts verified."""
         from tasks import refs
-        from tasks.stage import check
+        from tasks.store import check
 
         value = cast("type[BaseModel]", getattr(refs, self.returns)).model_validate_json(blob)
         check(value)

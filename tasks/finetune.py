@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import store
+from tasks import files, locks, store
 from tasks.backends import Job, Resolved, load_backend
 from tasks.backends.checkpoints import is_last, newest_intact, resumable, step_of
 from tasks.backends.memory import training_errors_explained
@@ -105,7 +105,7 @@ def _longest_row(path: Path) -> int:
 def _pin(path: Path, resolved: Resolved) -> Resolved:
     """What the training began with, if it began before; else what was resolved now, from now on."""
     if not path.is_file():
-        store.write_atomic(path, resolved.model_dump_json(indent=1).encode())
+        files.write_atomic(path, resolved.model_dump_json(indent=1).encode())
         return resolved
     pinned = Resolved.model_validate_json(path.read_bytes())
     if pinned.dtype == "bfloat16" and resolved.dtype == "float16":
@@ -144,7 +144,7 @@ def finetune(
     model: Model, batches: Artifact, config: FinetuneConfig, weights: WeightsConfig, max_tokens: int, device: str
 ) -> Adapter:
     """Train a LoRA adapter on tokens.arrow or packs.arrow; `device` is cpu or cuda."""
-    with store.work_directory(current_key(), waiting=_wait_for) as work:
+    with locks.work_directory(current_key(), waiting=_wait_for) as work:
         newest, peak_gib = newest_intact(work), None
         resolved = _pin(work / RESOLVED, _prepare(model, batches, config, weights, device))
         job = Job(model, _rows(batches), batches.kind == "packs", config, max_tokens, resolved, work, newest)

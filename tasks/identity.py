@@ -27,9 +27,8 @@ FORMAT_VERSION = 1
 """Stands for the machinery below the stages; raise it to rerun everything."""
 
 FIRST_PARTY = ("tasks", "flows")
-OUTSIDE = frozenset(
-    f"tasks.{name}" for name in ("config", "refs", "identity", "store", "engine", "stage", "report", "backends.progress")
-)
+MACHINERY = ("files", "identity", "locks", "runs", "store", "reasons", "engine", "stage")
+OUTSIDE = frozenset(f"tasks.{name}" for name in ("config", "refs", *MACHINERY, "report", "backends.progress"))
 """Config counts by value; report and progress only tell; FORMAT_VERSION stands for the rest."""
 
 BACKENDS = frozenset({"tasks.backends.hf", "tasks.backends.unsloth"})

@@ -25,12 +25,13 @@ import numpy as np
 from tasks.clean import clean, drop_empty, hash_texts
 from tasks.config import IngestConfig
 from tasks.distinct import Distinct, Hashes
+from tasks.files import file_digest
 from tasks.lines import Block, Reject, product_schema, read_block
 from tasks.locate import locate_source
 from tasks.read import read_blocks
 from tasks.refs import InputError, Products, Source
 from tasks.stage import stage
-from tasks.store import Draft, file_digest, publish
+from tasks.store import Draft, publish
 from tasks.stream import fixed_batches, in_order
 from tasks.tables import write_table
 

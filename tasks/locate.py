@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO, cast
 from uuid import uuid4
 
+from tasks.files import file_digest, space_checked
 from tasks.refs import InputError, Source, SourceFile, home
-from tasks.store import file_digest, space_checked
 
 URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+(://|::)")
 KINDS = {

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from tasks.config import ModelConfig
+from tasks.files import file_digest
 from tasks.modeldir import TOKENIZER, WEIGHTS, directory_model, read_json, read_special
 from tasks.refs import InputError, Model, PipelineError, Tokenizer, home
 from tasks.stage import stage
-from tasks.store import file_digest, publish
+from tasks.store import publish
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tasks.files import directory_digest
 from tasks.refs import Artifact, InputError, Model, Special, Tokenizer
-from tasks.store import directory_digest
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 """Pickled weights (*.bin) do not count and are not read: loading one runs whatever it holds."""

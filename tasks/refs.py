@@ -168,6 +168,19 @@ class Model(Value):
     """Holds the files when a stage fetched them."""
 
 
+class Prepared(Value):
+    """All that fine-tuning and evaluation need: what the parent flow hands to the child flow."""
+
+    model: Model
+    batches: Artifact
+    """Training rows: tokens.arrow, or packs.arrow where the recipe packs."""
+    tokens: Artifact
+    """Held-out rows: tokens.arrow."""
+    texts: Artifact
+    """The same rows as turns.arrow."""
+    template: Artifact
+
+
 class Adapter(Value):
     """A LoRA adapter in PEFT's format, and the log of its training (train_log.jsonl, resolved.json)."""
 

@@ -17,7 +17,7 @@ import inspect
 import json
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -26,10 +26,12 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast, get_ty
 
 from pydantic import BaseModel
 
-from tasks import store
+from tasks.files import space_checked
 from tasks.identity import canonical, code_digests, stage_key
+from tasks.reasons import changes, code_changes, last_entry
 from tasks.refs import Artifact, Lineage, StageRecord, home
-from tasks.store import Missing, Verify
+from tasks.runs import current_run
+from tasks.store import Missing, artifacts_of, check, verified_how
 
 if TYPE_CHECKING:
     from prefect import Task
@@ -39,7 +41,6 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R", bound=BaseModel)
 
-_verify: ContextVar[Verify] = ContextVar("verify", default="full")
 _key: ContextVar[str] = ContextVar("key")
 _until: ContextVar[str | None] = ContextVar("until", default=None)
 
@@ -96,16 +97,6 @@ def is_planning() -> bool:
     return _plan.get() is not None
 
 
-@contextmanager
-def verifying(how: Verify) -> Generator[None]:
-    """Check cached artifacts by full digest or by size for the block."""
-    token = _verify.set(how)
-    try:
-        yield
-    finally:
-        _verify.reset(token)
-
-
 class StageReached(Exception):  # noqa: N818  # the wish of the user, not an error
     """The stage that the run was to end with is done."""
 
@@ -122,7 +113,7 @@ def ending_with(name: str | None) -> Generator[None]:
 
 def lineage() -> Lineage:
     """The stage calls of the present run so far, and its recipe."""
-    run = store.current_run()
+    run = current_run()
     if run is None:
         return Lineage()
     done = [entry for entry in run.stages if "digest" in entry]
@@ -233,7 +224,7 @@ class Stage(Generic[P, R]):
         """The body of the Prefect task: the function, knowing its key."""
         token = _key.set(self.key(inputs))
         try:
-            with store.space_checked(home()):
+            with space_checked(home()):
                 return cast("Callable[..., R]", self.fn)(**inputs)
         finally:
             _key.reset(token)
@@ -262,7 +253,7 @@ class Stage(Generic[P, R]):
         entry: dict[str, Any] = {"name": self.name, "key": key, "code": self.code(inputs), "inputs": canonical(inputs)}
         try:
             self.recorded(key)
-            entry |= {"state": "cached", "reason": "" if _verify.get() == "full" else "verified by size only"}
+            entry |= {"state": "cached", "reason": "" if verified_how() == "full" else "verified by size only"}
         except Missing as miss:
             entry |= {"state": "running", "reason": self._explain(key, inputs, str(miss))}
             logger.info("%s runs: %s", self.name, entry["reason"])
@@ -288,19 +279,19 @@ class Stage(Generic[P, R]):
         left = self._progress(key)
         if miss != "not run yet":
             return miss
-        before = _last_entry(self.name, *_run_and_recipe())
+        before = last_entry(self.name, *_run_and_recipe())
         if before is None:
             return "first run" + (f"; {left}" if left else "")
         if before["key"] == key:
             return "did not finish last time" + (f"; {left}" if left else "")
-        changes = [*_code_changes(before["code"], self.code(inputs)), *_changes("", before["inputs"], canonical(inputs))]
-        return "; ".join(changes or ["stage version changed"]) + (f"; {left}" if left else "")
+        differences = [*code_changes(before["code"], self.code(inputs)), *changes("", before["inputs"], canonical(inputs))]
+        return "; ".join(differences or ["stage version changed"]) + (f"; {left}" if left else "")
 
 
 @contextmanager
 def _entered(entry: dict[str, Any]) -> Generator[None]:
     """Keep the entry in the present run's record, as failed if the block raises."""
-    run = store.current_run()
+    run = current_run()
     if run is not None:
         run.stages.append(entry)
         run.write()
@@ -314,77 +305,16 @@ def _entered(entry: dict[str, Any]) -> Generator[None]:
             run.write()
 
 
-def check(value: BaseModel) -> None:
-    """Verify every artifact that a recorded result names.
-
-    Raises:
-        Missing: naming what is missing or damaged.
-    """
-    artifacts = list(_artifacts(value))
-    store.use(*artifacts)
-    for artifact in artifacts:
-        store.verify(artifact, _verify.get())
-
-
-def _artifacts(value: BaseModel) -> Iterator[Artifact]:
-    if isinstance(value, Artifact):
-        yield value
-        return
-    for name in type(value).model_fields:
-        item = getattr(value, name)
-        if isinstance(item, BaseModel):
-            yield from _artifacts(item)
-
-
 def _main(value: BaseModel) -> Artifact:
     """The first artifact of a result: the one whose rows and digest stand for it."""
-    return next(_artifacts(value), Artifact(kind="none", digest=""))
+    return next(artifacts_of(value), Artifact(kind="none", digest=""))
 
 
 def _run_and_recipe() -> tuple[str | None, str | None]:
-    plan, run = _plan.get(), store.current_run()
+    plan, run = _plan.get(), current_run()
     if plan is not None:
         return None, plan.recipe
     return (run.id, run.recipe) if run is not None else (None, None)
-
-
-def _last_entry(name: str, run: str | None, recipe: str | None) -> dict[str, Any] | None:
-    """The newest entry of a stage in past runs, those of the same recipe first."""
-    runs = sorted((past for past in store.past_runs() if past["id"] != run), key=lambda past: past["recipe"] != recipe)
-    return next((entry for past in runs for entry in past["stages"] if entry["name"] == name), None)
-
-
-def _code_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    return [
-        f"code changed: {module.replace('.', '/')}.py"
-        for module in sorted({*before, *now})
-        if before.get(module) != now.get(module)
-    ]
-
-
-def _changes(where: str, before: Any, now: Any) -> list[str]:
-    """Dotted paths of what differs, with both values.
-
-    >>> _changes("", {"config": {"seed": 1, "rows": 5}}, {"config": {"seed": 2, "rows": 5}})
-    ['config.seed 1 -> 2']
-    """
-    if before == now:
-        return []
-    if isinstance(before, dict) and isinstance(now, dict):
-        old, new = cast("dict[str, Any]", before), cast("dict[str, Any]", now)
-        return [
-            line
-            for name in sorted({*old, *new})
-            for line in _changes(f"{where}.{name}".lstrip("."), old.get(name), new.get(name))
-        ]
-    return [f"{where} {_short(before)} -> {_short(now)}"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    if isinstance(value, str) and len(value) == 64 and not set(value) - set("0123456789abcdef"):
-        return value[:8]
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 __all__ = [
@@ -393,12 +323,10 @@ __all__ = [
     "StageReached",
     "Step",
     "Unknown",
-    "check",
     "current_key",
     "ending_with",
     "is_planning",
     "lineage",
     "planning",
     "stage",
-    "verifying",
 ]

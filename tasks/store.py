@@ -1,4 +1,4 @@
-"""Files under AMAZON_FT_HOME: publishing, digests, verification, locks, records, runs.
+"""Artifacts under AMAZON_FT_HOME: publishing and verification.
 
     artifacts/KIND/DIGEST/   published directories, named by content, never changed; manifest.json names every file
     records/KEY              what a stage with that key returned (written by Prefect as the task's result)
@@ -15,76 +15,33 @@ holder dies, however it dies.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sqlite3
-import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
-from tasks.refs import Artifact, NoSpaceError, home
+from pydantic import BaseModel
+
+from tasks.files import file_digest, space_checked, sync_directory, text_digest, write_synced
+from tasks.locks import flock
+from tasks.refs import Artifact, home
+from tasks.runs import use
 
 MANIFEST = "manifest.json"
-RACY_SECONDS = 0.1
-"""A file changed this recently may change again within one tick of the clock, so its digest is not memoised."""
 
 Verify = Literal["full", "size"]
+_verify: ContextVar[Verify] = ContextVar("verify", default="full")
 
 
 class Missing(Exception):  # noqa: N818  # an outcome, not an error
     """An artifact or record can't be served; the message says why."""
-
-
-# Digests
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits; memoised on (device, inode, size, mtime, ctime), so a kept mtime hides no edit."""
-    stat = path.stat()
-    identity = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
-    with _memo() as memo:
-        row = memo.execute("select digest from digests where identity = ?", (identity,)).fetchone()
-    if row:
-        return str(row[0])
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    after = path.stat()
-    settled = time.time() - max(after.st_mtime, after.st_ctime) > RACY_SECONDS
-    if settled and (after.st_mtime_ns, after.st_ctime_ns, after.st_size) == (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size):
-        with _memo() as memo:
-            memo.execute("insert or replace into digests values (?, ?)", (identity, digest))
-    return digest
-
-
-@contextmanager
-def _memo() -> Generator[sqlite3.Connection]:
-    home().mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(home() / "digests.sqlite", timeout=30)
-    try:
-        with connection:
-            connection.execute("create table if not exists digests (identity text primary key, digest text not null)")
-            yield connection
-    finally:
-        connection.close()
-
-
-def directory_digest(path: Path, names: Iterable[str]) -> str:
-    """SHA-256 over (name, digest) of the named files of a directory; what a model or tokenizer directory counts as."""
-    return _text_digest(json.dumps([[name, file_digest(path / name)] for name in sorted(names)]))
-
-
-def _text_digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-# Publishing
 
 
 @dataclass
@@ -122,7 +79,7 @@ def publish(kind: str, *, need_bytes: int = 0) -> Generator[Draft]:
     path = home() / "drafts" / f"{kind}-{uuid4().hex}"
     with space_checked(path, need_bytes):
         path.mkdir(parents=True)
-        with _flock(path.with_suffix(".lock"), remove=True):
+        with flock(path.with_suffix(".lock"), remove=True):
             try:
                 draft = Draft(path)
                 yield draft
@@ -134,9 +91,9 @@ def publish(kind: str, *, need_bytes: int = 0) -> Generator[Draft]:
 def _seal(draft: Draft, kind: str) -> Artifact:
     files = _listing(draft.path)
     manifest = json.dumps({"kind": kind, "files": files}, indent=1, sort_keys=True)
-    _write_synced(draft / MANIFEST, manifest.encode())
+    write_synced(draft / MANIFEST, manifest.encode())
     artifact = Artifact(
-        kind=kind, digest=_text_digest(manifest), rows=draft.rows, size_bytes=sum(int(entry["size"]) for entry in files.values())
+        kind=kind, digest=text_digest(manifest), rows=draft.rows, size_bytes=sum(int(entry["size"]) for entry in files.values())
     )
     use(artifact)
     with suppress(Missing):
@@ -151,7 +108,7 @@ def _seal(draft: Draft, kind: str) -> Artifact:
     except OSError as error:  # another run published the same bytes in between
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
-    _sync_directory(artifact.path.parent)
+    sync_directory(artifact.path.parent)
     return artifact
 
 
@@ -168,55 +125,42 @@ def _listing(path: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file's content in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        _write_synced(draft, data)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 @contextmanager
-def space_checked(path: Path, need_bytes: int = 0) -> Generator[None]:
-    """Turn a full disk into a NoSpaceError that names the path and the bytes needed and free."""
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < need_bytes:
-        raise NoSpaceError(_no_space(path, need_bytes, free))
+def verifying(how: Verify) -> Generator[None]:
+    """Check cached artifacts by full digest or by size for the block."""
+    token = _verify.set(how)
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise NoSpaceError(_no_space(Path(error.filename or path), need_bytes or free + 1, free)) from error
+    finally:
+        _verify.reset(token)
 
 
-def _no_space(path: Path, need_bytes: int, free_bytes: int) -> str:
-    return (
-        f"{path}: no space left on the device: needs at least {need_bytes:,} bytes, {free_bytes:,} were free. "
-        f"Free some space (amazon-ft cache gc) or move AMAZON_FT_HOME ({home()}) and run again; finished stages are kept."
-    )
+def verified_how() -> Verify:
+    """How cached artifacts are checked at present."""
+    return _verify.get()
 
 
-# Verification
+def check(value: BaseModel) -> None:
+    """Verify every artifact that a recorded result names.
+
+    Raises:
+        Missing: naming what is missing or damaged.
+    """
+    artifacts = list(artifacts_of(value))
+    use(*artifacts)
+    for artifact in artifacts:
+        verify(artifact, _verify.get())
+
+
+def artifacts_of(value: BaseModel) -> Iterator[Artifact]:
+    """Every artifact that a reference names, its own first."""
+    if isinstance(value, Artifact):
+        yield value
+        return
+    for name in type(value).model_fields:
+        item = getattr(value, name)
+        if isinstance(item, BaseModel):
+            yield from artifacts_of(item)
 
 
 def verify(artifact: Artifact, how: Verify = "full") -> None:
@@ -250,142 +194,4 @@ def _relative(path: Path) -> str:
     return str(path.relative_to(home()))
 
 
-# Locks
-
-
-@contextmanager
-def _flock(path: Path, *, remove: bool = False) -> Generator[int]:
-    """Hold a new lock file for the block; `remove` deletes it afterwards."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield handle
-    finally:
-        if remove:
-            path.unlink(missing_ok=True)
-        os.close(handle)
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a living process holds the lock file."""
-    try:
-        handle = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
-
-
-@contextmanager
-def mutex() -> Generator[None]:
-    """The root's short critical section: noting what a run uses, and sweeping what nothing uses."""
-    with _flock(home() / "mutex.lock"):
-        yield
-
-
-# Runs
-
-
-@dataclass
-class Run:
-    """What one run used, in runs/ID.json; locked for as long as the run lives."""
-
-    recipe: str
-    config: dict[str, Any]
-    id: str = field(default_factory=lambda: f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid4().hex[:8]}")
-    started: float = field(default_factory=time.time)
-    stages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """One entry a stage call: name, key, code, inputs, state, reason, rows, seconds, digest, path."""
-    artifacts: list[str] = field(default_factory=list[str])
-    """KIND/DIGEST of every artifact that the run was handed or published."""
-    finished: bool = False
-    """Whether the run came to its end without an error."""
-
-    @property
-    def file(self) -> Path:
-        """Where the record lies."""
-        return home() / "runs" / f"{self.id}.json"
-
-    def write(self) -> None:
-        """Store what is known so far."""
-        write_atomic(self.file, json.dumps(asdict(self)).encode())
-
-
-_open_runs: list[Run] = []
-
-
-@contextmanager
-def run_record(recipe: str, config: dict[str, Any]) -> Generator[Run]:
-    """Keep the record of a run while the block lives; a run inside a run adds to the outer one."""
-    if _open_runs:
-        yield _open_runs[-1]
-        return
-    run = Run(recipe, config)
-    with _flock(run.file.with_suffix(".lock"), remove=True):
-        _open_runs.append(run)
-        try:
-            run.write()
-            yield run
-            run.finished = True
-        finally:
-            _open_runs.pop()
-            run.write()
-
-
-def current_run() -> Run | None:
-    """The run that this process is in."""
-    return _open_runs[-1] if _open_runs else None
-
-
-def use(*artifacts: Artifact) -> None:
-    """Note that the present run relies on these artifacts, before it looks at them, so that gc keeps them."""
-    run = current_run()
-    if run is None:
-        return
-    names = [f"{artifact.kind}/{artifact.digest[:32]}" for artifact in artifacts]
-    new = [name for name in names if name not in run.artifacts]
-    if new:
-        with mutex():
-            run.artifacts.extend(new)
-            run.write()
-
-
-def past_runs() -> list[dict[str, Any]]:
-    """All run records, newest first; a torn one is left out."""
-    runs: list[dict[str, Any]] = []
-    for file in (home() / "runs").glob("*.json"):
-        with suppress(ValueError, OSError):
-            runs.append(json.loads(file.read_text()))
-    return sorted(runs, key=lambda run: float(run["started"]), reverse=True)
-
-
-# Work directories
-
-
-@contextmanager
-def work_directory(key: str, waiting: Any = None) -> Generator[Path]:
-    """The directory of a long stage's checkpoints, held by this process alone.
-
-    When another process holds it, `waiting(holder)` is called once with its description, and the call waits.
-    """
-    path = home() / "work" / key[:32]
-    path.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if waiting:
-                waiting(os.pread(handle, 200, 0).decode(errors="replace") or "another process")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {os.uname().nodename} since {time.strftime('%H:%M:%S')}".encode(), 0)
-        yield path
-    finally:
-        os.close(handle)
+__all__ = ["MANIFEST", "Draft", "Missing", "Verify", "artifacts_of", "check", "publish", "verified_how", "verify", "verifying"]

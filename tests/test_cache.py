@@ -8,13 +8,13 @@ import pytest
 
 import toy
 from flows.cache import collect, inventory, parse_age
-from tasks import store
+from tasks import locks, runs, store
 from tasks.config import SampleConfig
 from tasks.refs import Artifact, ConfigError
 
 
 def made_by_a_run(text: str, recipe: str = "toy") -> Artifact:
-    with store.run_record(recipe, {}) as run:
+    with runs.run_record(recipe, {}) as run:
         artifact = toy.read.fn(text, SampleConfig(rows=1)).data
         run.stages.append({"name": "read", "key": text * 64, "digest": artifact.digest})
     return artifact
@@ -30,7 +30,7 @@ def test_last_run_of_each_recipe_is_kept() -> None:
 
 def test_keep_last_counts_finished_runs() -> None:
     finished = made_by_a_run("a")
-    with pytest.raises(ValueError, match="broken"), store.run_record("toy", {}):
+    with pytest.raises(ValueError, match="broken"), runs.run_record("toy", {}):
         tried = toy.read.fn("b", SampleConfig(rows=1)).data
         raise ValueError("broken")
     assert collect(keep_last=1, age_seconds=0) == []
@@ -46,7 +46,7 @@ def test_dry_run_only_says() -> None:
 
 
 def test_living_run_keeps_what_it_uses() -> None:
-    with store.run_record("toy", {}):
+    with runs.run_record("toy", {}):
         artifact = toy.read.fn("a", SampleConfig(rows=1)).data
         assert collect(keep_last=0, age_seconds=0) == []
         store.verify(artifact)
@@ -68,7 +68,7 @@ def test_record_of_a_dropped_run_goes_and_others_stay(home: Path) -> None:
         (home / "records" / (text * 64)).write_text("{}")
     collect(keep_last=1, age_seconds=0)
     assert [path.name for path in (home / "records").iterdir()] == ["b" * 64]
-    assert len(store.past_runs()) == 1
+    assert len(runs.past_runs()) == 1
 
 
 def test_leftovers_of_killed_writers_go(home: Path) -> None:
@@ -84,7 +84,7 @@ def test_leftovers_of_killed_writers_go(home: Path) -> None:
 
 
 def test_work_of_a_running_training_is_kept(home: Path) -> None:
-    with store.work_directory("k" * 64):
+    with locks.work_directory("k" * 64):
         assert collect(keep_last=0, age_seconds=0) == []
     collect(keep_last=0, age_seconds=0)
     assert not list((home / "work").iterdir())

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks import store
+from tasks import locks, store
 from tasks.backends import hardware, memory
 from tasks.backends.checkpoints import checkpoints, is_last, step_of
 from tasks.backends.watch import StepRecord, read_log
@@ -186,7 +186,7 @@ def test_a_second_run_waits_names_the_holder_and_uses_its_result(model: Model, c
     rows = tiny_tokens(40)
     first = train(model, rows)
     done: list[Adapter] = []
-    with store.work_directory(finetune.key(inputs(model, rows))):
+    with locks.work_directory(finetune.key(inputs(model, rows))):
         second = threading.Thread(target=lambda: done.append(train(model, rows)))
         second.start()
         deadline = time.monotonic() + 20

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 import toy
-from tasks import store
+from tasks import runs
 from tasks.config import SampleConfig
 from tasks.refs import InputError
-from tasks.stage import Plan, StageReached, ending_with, is_planning, lineage, planning, verifying
+from tasks.stage import Plan, StageReached, ending_with, is_planning, lineage, planning
+from tasks.store import verifying
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
@@ -24,7 +25,7 @@ def run(text: str = "abc", rows: int = 2) -> list[dict[str, Any]]:
     """Run the toy story as a flow; returns the entries of its record."""
     from prefect import flow
 
-    with store.run_record("toy", {"rows": rows}) as record:
+    with runs.run_record("toy", {"rows": rows}) as record:
         flow(name="toy")(story)(text, rows)
     return record.stages
 
@@ -109,8 +110,8 @@ def test_unfinished_stage_says_so_and_from_where_it_resumes(monkeypatch: pytest.
 def test_users_mistake_comes_through_unchanged_and_is_not_retried() -> None:
     with pytest.raises(InputError, match=r"^toy\.read: text: got 'bad'; expected anything else\. Say something else\.$"):
         run("bad")
-    assert [entry["state"] for entry in store.past_runs()[0]["stages"]] == ["failed"]
-    assert store.past_runs()[0]["finished"] is False
+    assert [entry["state"] for entry in runs.past_runs()[0]["stages"]] == ["failed"]
+    assert runs.past_runs()[0]["finished"] is False
 
 
 def test_transient_error_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,13 +134,13 @@ def test_transient_error_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_run_ends_with_the_stage_asked_for() -> None:
     with ending_with("read"), pytest.raises(StageReached):
         run()
-    assert [entry["name"] for entry in store.past_runs()[0]["stages"]] == ["read"]
+    assert [entry["name"] for entry in runs.past_runs()[0]["stages"]] == ["read"]
 
 
 def test_lineage_tells_the_stages_so_far() -> None:
     from prefect import flow
 
-    with store.run_record("toy", {"rows": 2}):
+    with runs.run_record("toy", {"rows": 2}):
         flow(name="toy")(story)()
         told = lineage()
     assert [(stage.name, stage.rows) for stage in told.stages] == [("read", 2), ("count", 1)]

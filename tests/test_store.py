@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import store
+from tasks import files, locks, runs, store
 from tasks.refs import Artifact, NoSpaceError
 from tasks.store import Missing
 
@@ -35,7 +35,7 @@ def settle(path: Path) -> None:
     """Make a file old enough for its digest to be memoised."""
     old = time.time() - 10
     os.utime(path, (old, old))
-    time.sleep(store.RACY_SECONDS * 1.5)
+    time.sleep(files.RACY_SECONDS * 1.5)
 
 
 def test_equal_bytes_give_the_same_artifact(home: Path) -> None:
@@ -120,19 +120,19 @@ def test_digest_is_memoised_until_the_file_changes(tmp_path: Path, monkeypatch: 
     file = tmp_path / "trn.json"
     file.write_text("one")
     settle(file)
-    first = store.file_digest(file)
+    first = files.file_digest(file)
     monkeypatch.setattr(store.hashlib, "file_digest", lambda *_: pytest.fail("was hashed again"))
-    assert store.file_digest(file) == first
+    assert files.file_digest(file) == first
 
 
 def test_edit_with_a_kept_mtime_is_seen(tmp_path: Path) -> None:
     file = tmp_path / "trn.json"
     file.write_text("one")
     settle(file)
-    stat, first = file.stat(), store.file_digest(file)
+    stat, first = file.stat(), files.file_digest(file)
     file.write_text("two")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert store.file_digest(file) != first
+    assert files.file_digest(file) != first
 
 
 def test_too_little_space_is_said_before_writing(home: Path) -> None:
@@ -171,7 +171,7 @@ def test_full_file_system_leaves_no_half_artifact(small_disk: Path, monkeypatch:
 
 WRITER = """
 import sys, time
-from tasks import store
+from tasks import files, locks, runs, store
 with store.publish("products") as draft:
     (draft / "rows.txt").write_text("half")
     print("wrote", flush=True)
@@ -184,18 +184,18 @@ def test_killed_writer_leaves_only_an_unlocked_draft(home: Path) -> None:
     assert process.stdout is not None
     process.stdout.readline()
     lock = next(path for path in drafts(home) if path.suffix == ".lock")
-    assert store.is_locked(lock)
+    assert locks.is_locked(lock)
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    assert not store.is_locked(lock)
+    assert not locks.is_locked(lock)
     assert not (home / "artifacts").exists()
 
 
 HOLDER = """
 import time
-from tasks import store
-with store.work_directory("k" * 64) as path:
+from tasks import files, locks, runs, store
+with locks.work_directory("k" * 64) as path:
     print(path, flush=True)
     time.sleep(60)
 """
@@ -211,7 +211,7 @@ def test_second_trainer_waits_and_names_the_holder_and_no_lock_outlives_sigkill(
         holders.append(holder)
         process.send_signal(signal.SIGKILL)
 
-    with store.work_directory("k" * 64, waiting) as path:
+    with locks.work_directory("k" * 64, waiting) as path:
         assert path == home / "work" / ("k" * 32)
     process.wait()
     process.stdout.close()
@@ -220,17 +220,17 @@ def test_second_trainer_waits_and_names_the_holder_and_no_lock_outlives_sigkill(
 
 
 def test_run_record_notes_what_the_run_relies_on() -> None:
-    with store.run_record("demo", {"seed": 1}) as run:
+    with runs.run_record("demo", {"seed": 1}) as run:
         artifact = published()
-        assert store.is_locked(run.file.with_suffix(".lock"))
-    kept = store.past_runs()[0]
+        assert locks.is_locked(run.file.with_suffix(".lock"))
+    kept = runs.past_runs()[0]
     assert kept["artifacts"] == [f"products/{artifact.digest[:32]}"]
     assert kept["finished"] is True
-    assert not store.is_locked(run.file.with_suffix(".lock"))
+    assert not locks.is_locked(run.file.with_suffix(".lock"))
 
 
 def test_torn_run_record_is_left_out(home: Path) -> None:
-    with store.run_record("demo", {}):
+    with runs.run_record("demo", {}):
         pass
     (home / "runs" / "torn.json").write_text('{"recipe": "de')
-    assert [run["recipe"] for run in store.past_runs()] == ["demo"]
+    assert [run["recipe"] for run in runs.past_runs()] == ["demo"]

@@ -7,7 +7,8 @@ import time
 from tasks.config import SampleConfig
 from tasks.refs import Artifact, InputError, Products
 from tasks.stage import current_key, stage
-from tasks.store import publish, work_directory
+from tasks.locks import work_directory
+from tasks.store import publish
 
 
 def _published(kind: str, text: str, rows: int) -> Artifact:

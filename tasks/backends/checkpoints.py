@@ -13,7 +13,7 @@ import os
 import shutil
 from pathlib import Path
 
-from tasks.store import write_atomic
+from tasks.files import write_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,54 @@
+"""Why a stage runs: what differs between two of its calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, cast
+
+from tasks.runs import past_runs
+
+
+def last_entry(name: str, run: str | None, recipe: str | None) -> dict[str, Any] | None:
+    """The newest entry of a stage in past runs, those of the same recipe first."""
+    runs = sorted((past for past in past_runs() if past["id"] != run), key=lambda past: past["recipe"] != recipe)
+    return next((entry for past in runs for entry in past["stages"] if entry["name"] == name), None)
+
+
+def code_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The modules whose digests differ.
+
+    >>> code_changes({"tasks.pack": "a", "tasks.tables": "b"}, {"tasks.pack": "c", "tasks.tables": "b"})
+    ['code changed: tasks/pack.py']
+    """
+    return [
+        f"code changed: {module.replace('.', '/')}.py"
+        for module in sorted({*before, *now})
+        if before.get(module) != now.get(module)
+    ]
+
+
+def changes(where: str, before: Any, now: Any) -> list[str]:
+    """Dotted paths of what differs, with both values.
+
+    >>> changes("", {"config": {"seed": 1, "rows": 5}}, {"config": {"seed": 2, "rows": 5}})
+    ['config.seed 1 -> 2']
+    """
+    if before == now:
+        return []
+    if isinstance(before, dict) and isinstance(now, dict):
+        old, new = cast("dict[str, Any]", before), cast("dict[str, Any]", now)
+        return [
+            line for name in sorted({*old, *new}) for line in changes(f"{where}.{name}".lstrip("."), old.get(name), new.get(name))
+        ]
+    return [f"{where} {_short(before)} -> {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str) and len(value) == 64 and not set(value) - set("0123456789abcdef"):
+        return value[:8]
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+__all__ = ["changes", "code_changes", "last_entry"]
