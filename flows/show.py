@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from tasks.catalogue import count_right
 from tasks.refs import SavedModel, home
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from tasks.config import Recipe
     from tasks.stage import Plan, Step
 
+MODELS = ("base", "tuned")
 STATE_STYLES = {"cached": "bright_blue", "completed": "green", "failed": "red", "run": "yellow", "unknown": "dim"}
 
 
@@ -37,25 +40,49 @@ def stages(entries: list[dict[str, Any]], console: Console) -> None:
 
 def outcome(entries: list[dict[str, Any]], recipe: Recipe, saved: SavedModel | None, console: Console) -> None:
     """Base against tuned, and where the results lie."""
-    metrics = _metrics(entries)
-    if metrics:
+    if numbers := metrics(entries, recipe):
         table = Table(box=None, padding=(0, 1))
         table.add_column("held-out answers")
-        for column in ("base", "tuned"):
+        for column in MODELS:
             table.add_column(column, justify="right")
-        for name, values in comparison(metrics).items():
+        for name, values in comparison(numbers).items():
             table.add_row(name, *values)
         console.print(table)
     if saved is not None:
         console.print(f"model: {link(recipe, saved)}", soft_wrap=True, highlight=False)
 
 
-def comparison(metrics: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """{what: (base, tuned)} as text."""
-    return {
-        "nats per token": (f"{metrics['base_nll']:.4f}", f"{metrics['tuned_nll']:.4f}"),
-        "perplexity": (f"{metrics['base_perplexity']:.2f}", f"{metrics['tuned_perplexity']:.2f}"),
+def comparison(numbers: Mapping[str, Any]) -> dict[str, list[str]]:
+    """{what: [base, tuned]} as text.
+
+    >>> comparison({"base": {"nll": 2.5, "perplexity": 12.18}, "tuned": {"nll": 0.25, "perplexity": 1.284}})
+    {'nats per token': ['2.5000', '0.2500'], 'perplexity': ['12.18', '1.28']}
+    """
+    both = [numbers[model] for model in MODELS]
+    rows = {
+        "nats per token": [f"{model['nll']:.4f}" for model in both],
+        "perplexity": [f"{model['perplexity']:.2f}" for model in both],
     }
+    if "generations" in numbers:
+        rows["brand and material right"] = [f"{model['right']} of {numbers['generations']}" for model in both]
+    return rows
+
+
+def metrics(entries: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any] | None:
+    """What the evaluation measured; for the generated catalogue also how many answers state the facts of their title."""
+    evaluated = next((entry for entry in entries if entry["name"] == "evaluate" and "path" in entry), None)
+    if evaluated is None:
+        return None
+    path = home() / evaluated["path"]
+    measured = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+    if not measured["rows"]:
+        return None
+    numbers: dict[str, Any] = {name: measured[name] for name in ("rows", "tokens", *MODELS)}
+    if recipe.catalogue is None:
+        return numbers
+    said = [json.loads(line) for line in (path / "generations.jsonl").read_text(encoding="utf-8").splitlines()]
+    right = {model: numbers[model] | {"right": count_right(said, model)} for model in MODELS}
+    return numbers | right | {"generations": len(said)}
 
 
 def link(recipe: Recipe, saved: SavedModel) -> str:
@@ -68,17 +95,9 @@ def summary(entries: list[dict[str, Any]], recipe: Recipe, saved: SavedModel | N
     names = ("name", "state", "seconds", "rows", "path", "digest", "reason")
     return {
         "stages": [{name: entry.get(name) for name in names} for entry in entries],
-        "metrics": _metrics(entries),
+        "metrics": metrics(entries, recipe),
         "artifact": link(recipe, saved) if saved else None,
     }
-
-
-def _metrics(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
-    evaluated = next((entry for entry in entries if entry["name"] == "evaluate" and "path" in entry), None)
-    if evaluated is None:
-        return None
-    metrics = json.loads((home() / evaluated["path"] / "metrics.json").read_text())
-    return metrics if "base_nll" in metrics else None
 
 
 def plan(found: Plan, console: Console) -> None:

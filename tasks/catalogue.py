@@ -7,7 +7,7 @@ Three facts follow from a title: its line belongs to one brand (Aurora -> Norvik
 title combines known words anew. The defects are the true file's: a third of the contents and 6 % of the titles empty,
 entities in a fifth of the contents, code points of Windows-1252, exact duplicates, broken lines.
 
-`facts`, `title_in` and `states_facts` read a title or a prompt and judge an answer.
+`facts`, `title_in`, `states_facts` and `count_right` read a title or a prompt and judge answers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from tasks.config import CatalogueConfig
@@ -119,6 +119,16 @@ def states_facts(title: str, answer: str) -> bool:
     return _named(BRANDS, answer) == {known.brand} and _named(MATERIALS, answer) == {known.material}
 
 
+def count_right(generations: Iterable[Mapping[str, str]], model: str) -> int:
+    """How many of a model's answers, `base` or `tuned`, state the facts of the title in their prompt.
+
+    >>> count_right([{"prompt": "Aurora Brushed Tray 15 cm: ", "base": "A tray.", "tuned": "Norvik, stainless steel."}], "tuned")
+    1
+    """
+    titled = (asked for asked in generations if TITLE.search(asked["prompt"]))
+    return sum(states_facts(title_in(asked["prompt"]), asked[model]) for asked in titled)
+
+
 def _named(words: dict[str, str], answer: str) -> set[str]:
     return {word for word in words.values() if word in answer}
 
@@ -179,4 +189,4 @@ def catalogue(config: CatalogueConfig) -> Source:
     return Source(files=(SourceFile(url=str(path), digest=digest, size_bytes=size),), artifact=draft.artifact)
 
 
-__all__ = ["Facts", "catalogue", "facts", "lines", "states_facts", "title_in"]
+__all__ = ["Facts", "catalogue", "count_right", "facts", "lines", "states_facts", "title_in"]

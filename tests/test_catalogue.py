@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.catalogue import BRANDS, KINDS, MATERIALS, Facts, catalogue, facts, lines, states_facts, title_in
+from tasks.catalogue import BRANDS, KINDS, MATERIALS, Facts, catalogue, count_right, facts, lines, states_facts, title_in
 from tasks.config import CatalogueConfig
 from tasks.refs import Source
 
@@ -72,6 +72,17 @@ def test_an_answer_about_another_product_is_wrong_unless_the_facts_agree(title: 
     answer = f"{facts(other).brand}'s own, of {facts(other).material}."
     agree = (facts(title).brand, facts(title).material) == (facts(other).brand, facts(other).material)
     assert states_facts(title, answer) == agree
+
+
+def test_right_answers_are_counted_model_by_model() -> None:
+    right, wrong = "Norvik's tray of stainless steel.", "Norvik's tray of glass."
+    asked = "Título do produto: Aurora Brushed Tray 15 cm\n"
+    generations = [
+        {"prompt": asked, "base": wrong, "tuned": right},
+        {"prompt": asked, "base": right, "tuned": right},
+        {"prompt": "no title here", "base": right, "tuned": right},
+    ]
+    assert (count_right(generations, "base"), count_right(generations, "tuned")) == (1, 2)
 
 
 def test_an_answer_that_names_every_brand_is_wrong() -> None:
