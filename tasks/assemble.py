@@ -1,11 +1,7 @@
-"""Token ids of conversations: each product's turn encoded once, conversations joined from the turns.
+"""Token ids of conversations: each product's turn encoded once, conversations joined from the turns (tasks/shape.py).
 
-    opening  | body of turn 1 (EOS) | rejoin | body of turn 2 (EOS) | ... | closing
-    constant |  once per product    | const. |   once per product   |     | constant
-
-EOS is a special token, so the text after it is encoded as if it stood alone: joining is exact. Only where the preamble's
-last word may reach into the turn is a cut needed at which both forms agree; `find_cut` looks for one. Whether the result
-equals the whole text's ids is checked on a sample (`choose_encoder`); if it doesn't, whole texts are encoded.
+Whether the result equals the whole text's ids is checked on a sample (`choose_encoder`); if it doesn't, whole texts are
+encoded (`encode_whole`).
 
 A token is learnt if it covers any character of an answer, or of what the template puts between answer and EOS, or is that
 EOS. So a token that merges the end of the prompt with the answer's first characters is learnt: every character of the
@@ -14,33 +10,20 @@ answer is.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.encode import BatchEncoder, Ids, from_ids, make_encoder, to_ids, token_bytes
+from tasks.encode import BatchEncoder, Encoded, Ids, from_ids, to_ids, token_bytes
 from tasks.refs import InputError
+from tasks.shape import Field, Segment, Shape, Template, find_shape, special_pattern
+from tasks.words import make_encoder
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from tokenizers import Tokenizer as Backend
-
-Template = Mapping[str, Any]
-"""template.json, as tasks/template.py describes it."""
-
-PROBES = ("a", " a", "A", "1", "\n", "\n\n", "  b", "#", "'s", "é", ".", "")
-"""Beginnings of a text that reach back over a boundary in different ways."""
-
-
-class Encoded(NamedTuple):
-    """Conversations: ids as `large_binary` (tasks/encode.py), and of all ids end to end which are learnt."""
-
-    ids: pa.LargeBinaryArray
-    learnt: NDArray[np.bool_]
 
 
 class Bodies(NamedTuple):
@@ -48,30 +31,6 @@ class Bodies(NamedTuple):
 
     ids: pa.LargeBinaryArray
     unlearnt: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Field:
-    """Stands for a column of turns.arrow."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Text between two special tokens of a turn: literals and, as `Field`s, columns."""
-
-    pieces: tuple[str | Field, ...]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What surrounds and fills a body, as ids."""
-
-    opening: Ids
-    rejoin: Ids
-    closing: Ids
-    body: tuple[Segment | int, ...]
 
 
 def choose_encoder(backend: Backend, turns: pa.RecordBatch, width: int, template: Template, *, plain: bool) -> TurnEncoder | None:
@@ -86,91 +45,6 @@ def choose_encoder(backend: Backend, turns: pa.RecordBatch, width: int, template
         if ids.equals(whole.ids) and np.array_equal(learnt, whole.learnt):
             return candidate
     return None
-
-
-def find_shape(backend: Backend, template: Template) -> Shape | None:
-    """The constant parts of a conversation and the parts of a turn; None when no cut is safe."""
-    head = (template["bos"] or "") + template["preamble"]
-    before_eos, eos, trailing = template["after_answer"].partition(template["eos"])
-    before_prompt = template["before_prompt"]
-    cut = find_cut(backend, head, trailing, before_prompt)
-    if cut is None:
-        return None
-    pieces = [
-        *_split_specials(backend, before_prompt[cut:]),
-        Field("prompt"),
-        *_split_specials(backend, template["before_answer"]),
-        Field("answer"),
-        *_split_specials(backend, before_eos),
-        backend.token_to_id(eos),
-    ]
-    return Shape(
-        opening=_constant(backend, head + before_prompt[:cut]),
-        rejoin=_constant(backend, trailing + before_prompt[:cut]),
-        closing=_constant(backend, trailing),
-        body=tuple(_segments(pieces)),
-    )
-
-
-def find_cut(backend: Backend, head: str, trailing: str, before_prompt: str) -> int | None:
-    """Where in `before_prompt` the ids stop to depend on what stands before the turn.
-
-    Behind its last special token; else at the first place where all probes agree, for the first turn and the later ones.
-    """
-    specials = [match.end() for match in special_pattern(backend).finditer(before_prompt)]
-    if specials:
-        return specials[-1]
-    if not trailing and special_pattern(backend).fullmatch(head):
-        return 0
-    return next((cut for cut in range(len(before_prompt)) if _cuts(backend, (head, trailing), before_prompt, cut)), None)
-
-
-def _cuts(backend: Backend, befores: Sequence[str], text: str, cut: int) -> bool:
-    return all(
-        _constant(backend, before + text + probe).tolist()
-        == [*_constant(backend, before + text[:cut]).tolist(), *_constant(backend, text[cut:] + probe).tolist()]
-        for before in befores
-        for probe in PROBES
-    )
-
-
-def _constant(backend: Backend, text: str) -> Ids:
-    """Ids of template text, special tokens recognised."""
-    return np.array(backend.encode(text, add_special_tokens=False).ids, np.int32)
-
-
-def special_pattern(backend: Backend) -> re.Pattern[str]:
-    """Matches the text of any added token."""
-    contents = [token.content for token in backend.get_added_tokens_decoder().values()]
-    return re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or r"(?!)")
-
-
-def _split_specials(backend: Backend, literal: str) -> list[str | Field | int]:
-    """A literal's text, {question}, and special tokens as ids, in order."""
-    pieces: list[str | Field | int] = []
-    end = 0
-    for match in special_pattern(backend).finditer(literal):
-        pieces += [*_split_question(literal[end : match.start()]), int(backend.token_to_id(match.group()))]
-        end = match.end()
-    return [*pieces, *_split_question(literal[end:])]
-
-
-def _split_question(text: str) -> list[str | Field]:
-    pieces = re.split(r"(\{question\})", text)
-    return [Field("question") if piece == "{question}" else piece for piece in pieces if piece]
-
-
-def _segments(pieces: Sequence[str | Field | int]) -> list[Segment | int]:
-    """Text pieces gathered between the special tokens."""
-    segments: list[Segment | int] = []
-    for piece in pieces:
-        if isinstance(piece, int):
-            segments.append(piece)
-        elif segments and isinstance(segments[-1], Segment):
-            segments[-1] = Segment((*segments[-1].pieces, piece))
-        else:
-            segments.append(Segment((piece,)))
-    return segments
 
 
 class TurnEncoder:
@@ -263,6 +137,33 @@ def encode_whole(backend: Backend, turns: pa.RecordBatch, width: int, template: 
     return Encoded(from_ids(np.concatenate(flat), offsets), np.concatenate(learnt))
 
 
+def without_specials(backend: Backend, turns: pa.RecordBatch) -> pa.RecordBatch:
+    """Turns (uid, prompt, question, answer) without the text of any special token."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    pattern = special_pattern(backend).pattern
+    columns = [pc.replace_substring_regex(turns[name], pattern, "") for name in turns.schema.names]
+    return pa.RecordBatch.from_arrays(columns, schema=turns.schema)
+
+
+def refuse_specials(backend: Backend, turns: pa.RecordBatch) -> None:
+    """Check that no turn holds the text of a special token.
+
+    Raises:
+        InputError: naming the product that does.
+    """
+    import pyarrow.compute as pc
+
+    pattern = special_pattern(backend).pattern
+    found = np.any([pc.match_substring_regex(turns[name], pattern) for name in ("prompt", "question", "answer")], axis=0)
+    if found.any():
+        raise InputError(
+            f"product {turns['uid'][int(found.argmax())].as_py()}: special token in its text: this tokenizer can't take it for "
+            "plain text. Set tokenize.special_tokens_in_products=control to let it be the token, or remove the product."
+        )
+
+
 def _texts_with_spans(turns: pa.RecordBatch, width: int, template: Template) -> tuple[list[str], list[list[tuple[int, int]]]]:
     """Whole texts, and from where to where, in characters, each answer goes with its EOS."""
     head = (template["bos"] or "") + template["preamble"]
@@ -284,14 +185,4 @@ def _in_spans(offsets: NDArray[np.int64], spans: Sequence[tuple[int, int]]) -> N
     return np.any([(offsets[:, 1] > start) & (offsets[:, 0] < end) for start, end in spans], axis=0)
 
 
-__all__ = [
-    "Bodies",
-    "Encoded",
-    "Shape",
-    "TurnEncoder",
-    "choose_encoder",
-    "encode_whole",
-    "find_cut",
-    "find_shape",
-    "special_pattern",
-]
+__all__ = ["Bodies", "TurnEncoder", "choose_encoder", "encode_whole", "refuse_specials", "without_specials"]

@@ -1,8 +1,8 @@
-"""The document's template language: what it means, as the parts of a turn and as a Jinja chat template.
+r"""The document's template language: what it means, as the parts of a turn and as a Jinja chat template.
 
     preamble         Answer the question.           once per conversation; {SYSTEM} may stand here
-    before_prompt    \\n\\n### Title:\\n               then the prompt, in the place of {INPUT}
-    before_answer    \\n\\n### Answer:\\n              then the answer, in the place of {OUTPUT}
+    before_prompt    \n\n### Title:\n               then the prompt, in the place of {INPUT}
+    before_answer    \n\n### Answer:\n              then the answer, in the place of {OUTPUT}
     after_answer     <EOS>                          added where the template doesn't have it
 
 A template holds one example of a turn, or the same example twice, which leaves no doubt where a turn begins.
@@ -40,10 +40,10 @@ class ChatTemplate:
 
 
 def parse_template(text: str, special: Special) -> ChatTemplate:
-    """The parts of a chat template, with EOS after the answer and without BOS.
+    r"""The parts of a chat template, with EOS after the answer and without BOS.
 
-    >>> parse_template("Hi\\n\\n# Q:\\n{INPUT}\\n\\n# A:\\n{OUTPUT}", Special(bos=None, eos="</s>"))
-    ChatTemplate(preamble='Hi', before_prompt='\\n\\n# Q:\\n', after_prompt='', before_answer='\\n\\n# A:\\n', after_answer='</s>')
+    >>> parse_template("Hi\n# Q:\n{INPUT}\n# A:\n{OUTPUT}", Special(bos=None, eos="</s>"))
+    ChatTemplate(preamble='Hi', before_prompt='\n# Q:\n', after_prompt='', before_answer='\n# A:\n', after_answer='</s>')
 
     Raises:
         ConfigError: for an unknown or misplaced placeholder, or when it can't be seen where a turn begins.
@@ -53,8 +53,8 @@ def parse_template(text: str, special: Special) -> ChatTemplate:
     parts = _from_pair(text.lstrip(), special.eos) or _from_pair(stripped, special.eos) or _from_single(stripped)
     if parts is None:
         raise _error(
-            f"got {text[:200]!r}; expected {INPUT} before {OUTPUT}, both under a heading of the same form, or the same turn twice. "
-            "Write the turn twice, so that it can be seen where it begins"
+            f"got {text[:200]!r}; expected {INPUT} before {OUTPUT}, both under a heading of the same form, or the same "
+            "turn twice. Write the turn twice, so that it can be seen where it begins"
         )
     if not parts.after_answer.startswith(special.eos):
         parts = replace(parts, after_answer=parts.after_answer + special.eos)

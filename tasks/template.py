@@ -1,7 +1,7 @@
-"""Conversations to text, and the chat template that a server will render the same text with.
+r"""Conversations to text, and the chat template that a server will render the same text with.
 
     preamble                              <BOS>Answer the question.
-    prompt, question, answer       ->     ### Title:\\nTutu\\n\\n### Question:\\nWhat is it?\\n\\n### Answer:\\n3 layers<EOS>
+    prompt, question, answer       ->     ### Title:\nTutu\n\n### Question:\nWhat is it?\n\n### Answer:\n3 layers<EOS>
 
 Product text is data: whatever it looks like, it is copied and never interpreted. The language itself is in
 tasks/chat_template.py. turns.arrow keeps the pieces (uid, prompt, question, answer) beside the whole texts, so that each
