@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHAREGPT_ROLES = ("human", "gpt")
-STANDARD_ROLES = ("user", "assistant")
+ROLES = ("user", "assistant")
 
 
 def turn_products(rows: int, *, extension: int, seed: int) -> NDArray[np.int32]:
@@ -51,22 +50,8 @@ def conversation_lists(turns: pa.RecordBatch, width: int) -> pa.ListArray:
     count = turns.num_rows
     both = pa.chunked_array([turns["prompt"], turns["answer"]]).combine_chunks()
     content = both.take(pa.array(np.arange(2 * count).reshape(2, count).T.ravel()))
-    roles = pa.array(STANDARD_ROLES).take(pa.array(np.tile(np.array([0, 1]), count)))
+    roles = pa.array(ROLES).take(pa.array(np.tile(np.array([0, 1]), count)))
     return row_lists(pa.StructArray.from_arrays([roles, content], ["role", "content"]), 2 * width)
-
-
-def as_sharegpt(conversations: pa.ListArray) -> pa.ListArray:
-    """Conversations in ShareGPT's from/value form."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    roles, content = conversations.values.flatten()
-    names = pc.replace_substring(pc.replace_substring(roles, *_renamed(0)), *_renamed(1))
-    return pa.ListArray.from_arrays(conversations.offsets, pa.StructArray.from_arrays([names, content], ["from", "value"]))
-
-
-def _renamed(role: int) -> tuple[str, str]:
-    return STANDARD_ROLES[role], SHAREGPT_ROLES[role]
 
 
 def write_conversations(products: Path, draft: Path, config: SharegptConfig, *, extension: int) -> int:
@@ -131,4 +116,4 @@ def sharegpt(split: Split, config: SharegptConfig) -> Split:
     return Split(train=train, evaluation=evaluation, counts={"train": train.rows, "evaluation": evaluation.rows})
 
 
-__all__ = ["as_sharegpt", "conversation_lists", "sharegpt", "turn_products", "write_conversations"]
+__all__ = ["conversation_lists", "sharegpt", "turn_products", "write_conversations"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,11 @@ os.environ |= {
 }
 
 SHARED = Path(__file__).parents[2] / "shared"
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write golden files that changed, and print what changed")
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +56,22 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("../shared is not here: it holds real rows and golden files that the project does not carry")
     return SHARED
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Callable[[str, str], None]:
+    """Compares text with a file of tests/golden; only --update-golden changes the file, and prints the difference."""
+
+    def compare(name: str, text: str) -> None:
+        path = GOLDEN / name
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        if text == before:
+            return
+        change = "".join(difflib.unified_diff(before.splitlines(True), text.splitlines(True), f"golden/{name}", "now"))
+        if not request.config.getoption("--update-golden"):
+            pytest.fail(f"tests/golden/{name} differs; if that is meant, run pytest --update-golden\n{change}")
+        with capsys.disabled():
+            print(f"\n{change}")
+        path.write_text(text, encoding="utf-8", newline="\n")
+
+    return compare
