@@ -6,15 +6,14 @@ import json
 import sys
 from typing import Any
 
-from tasks.sample import sample
-from tasks.tokenize import tokenize
-
 from flows.recipes import load_recipe
 from tasks.ingest import ingest, locate_source
 from tasks.model import base_model
+from tasks.sample import sample
 from tasks.sharegpt import sharegpt
 from tasks.stage import Stage
 from tasks.template import template
+from tasks.tokenize import tokenize
 
 
 def run(recipe_file: str) -> dict[str, list[str]]:

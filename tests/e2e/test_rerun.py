@@ -47,7 +47,7 @@ def test_second_run_is_all_cached(tiny: Tiny) -> None:
         ("ingest.decode_entities=false", "ingest"),
         ("sample.seed=43", "sample"),
         ("sharegpt.conversation_extension=3", "sharegpt"),
-        ("template.questions=[Que produto é este?]", "template"),
+        ('template.questions=["Que produto é este?"]', "template"),
         ("tokenize.loss_on=everything", "tokenize"),
         ("finetune.learning_rate=2e-3", "finetune"),
         ("finetune.lora.r=8", "finetune"),
