@@ -3,7 +3,7 @@
     {"uid": "000000000A", "title": "...", "content": "...", "target_ind": [17, 4], "target_rel": [1.0, 1.0]}
 
 The shape is that of AmazonTitles-1.3MM's `trn.json` (2,248,619 rows, 1.7 GB): 5.6 % of the titles and 33.3 % of the contents
-empty, HTML references in 20 % of the contents, contents spread as a log-normal around 80 words, the longest of 197,622
+empty, HTML references in 20 % of the contents, contents spread as a log-normal around 80 words, the longest of about 200,000
 characters, some 20 targets a row. Words are drawn by Zipf's law, so that a sample of any size goes on to meet new ones.
 """
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TRUE_ROWS = 2_248_619
-ROW_BYTES = 760
-"""Mean length of a line; 1.7 GB in all."""
+ROW_BYTES = 810
+"""About the mean length of a line."""
 SEED = 1300
 CHUNK_ROWS = 65_536
 """Rows drawn at a time."""
@@ -43,7 +43,7 @@ TITLE_WORDS = (6, 0.5)
 TARGETS = (12, 1.0)
 LONG_SHARE = 1e-4
 """Contents of a different kind, whole books, up to the longest."""
-LONGEST_CHARACTERS = 197_622
+LONGEST_WORDS = 32_000
 
 COMMON = """
 the and a of to in is for with this that on it are as you from by an your or be his has at book can not have was but all will
@@ -74,7 +74,7 @@ river mountain forest desert animal bird fish horse wolf bear dragon magic witch
 philosophy religion Christian Jewish Buddhist Bible prayer faith spirit soul mind psychology therapy relationship marriage
 parent mother father daughter son brother sister friend teacher student class lesson exercise test exam study course workbook
 business management marketing finance investment economy market company leadership strategy success career job money price
-""".split()
+"""
 STEMS = """
 light water stone fire wind moon star sun night day book hand foot head eye heart hair bone blood wood iron gold silver glass
 paper cloth thread needle wheel road bridge tower castle garden field river lake shore wave storm cloud rain snow frost smoke
@@ -84,17 +84,21 @@ bell song dance play game toy doll box case bag pack lock key door gate wall flo
 craft smith wright mill forge press print type script letter word page chapter verse rhyme tale myth dream sleep wake walk run
 jump climb swim fly ride drive steer sail row pull push lift carry hold catch throw kick strike cut carve shape form mold cast
 melt pour mix stir boil bake roast grill fry smoke cure dry wash clean brush comb paint draw sketch trace mark sign stamp seal
-""".split()
+"""
 PREFIXES = ("", "re", "un", "over", "under", "out", "fore", "cross")
 SUFFIXES = ("", "s", "ed", "ing", "er", "ers", "ly", "less", "ful", "man", "ton", "ville", "berg", "son", "'s", ",", ".", "-")
 SYLLABLES = ("ka", "lo", "mi", "ren", "sha", "tor", "vel", "na", "ji", "do", "bru", "chen", "fa", "gri", "hol", "ster")
 ODD = (
-    r"caf\u00e9", "café", "naïve", r"\u2014", r"\"Best", r"edition\"", "\\\\", r"Sr.\t", "™", "1/2\\\"", "“new”", "東京", r"\u0092s",
+    r"caf\u00e9", "café", "naïve", r"\u2014", r"\"Best", r"edition\"", "\\\\", r"Sr.\t", "™", "“new”", "東京", r"\u0092s",
     "<b>", "</p>", "(p)", "...", "--", "*", "/", "100%",
 )  # fmt: skip
 """Words that need an escape or lie outside ASCII, as JSON."""
 REFERENCE_WORDS = ("&amp;", "&quot;new&quot;", "author&#8217;s", "day&#8212;and", "&lt;br&gt;", "Jos&eacute;", "&reg;", "&#x27;t")
 CONSONANTS = "BCDFGHJKLMNPRSTVWXZ"
+CODES = 40_000
+ZIPF = (100, 2.1)
+"""Offset and exponent by which words grow rarer: with them, a text has as many Llama 3 tokens a character as a real one."""
+DRAWS = 2**22
 
 
 class Words(NamedTuple):
@@ -105,8 +109,8 @@ class Words(NamedTuple):
     """The same without the space: how a text ends."""
     plain: int
     """How many there are before the references."""
-    chances: NDArray[np.float64]
-    """Cumulative, of the plain ones."""
+    drawn: NDArray[np.int32]
+    """Numbers of plain words, each as often as it is likely: an element drawn evenly is a word drawn by its chance."""
 
 
 def product_file(rows: int, directory: Path) -> Path:
@@ -172,10 +176,9 @@ def _lengths(rng: np.random.Generator, spread: tuple[float, float], empty: float
 def _content_lengths(rng: np.random.Generator, start: int) -> NDArray[np.int64]:
     lengths = _lengths(rng, CONTENT_WORDS, EMPTY_CONTENTS)
     long = np.flatnonzero(rng.random(CHUNK_ROWS) < LONG_SHARE)
-    most = LONGEST_CHARACTERS // 8
-    lengths[long] = np.minimum(2000 / np.maximum(rng.random(len(long)), 1e-9), most).astype(np.int64)
+    lengths[long] = np.minimum(2000 / np.maximum(rng.random(len(long)), 1e-9), LONGEST_WORDS).astype(np.int64)
     if start == 0:
-        lengths[17] = most
+        lengths[17] = LONGEST_WORDS
     return lengths
 
 
@@ -184,12 +187,11 @@ def _texts(rng: np.random.Generator, words: Words, lengths: NDArray[np.int64], r
     import pyarrow as pa
 
     ends = np.cumsum(lengths)
-    drawn = np.searchsorted(words.chances, rng.random(ends[-1]))
+    drawn = words.drawn[rng.integers(0, DRAWS, ends[-1], np.uint32)]
     held = np.flatnonzero((rng.random(len(lengths)) < references) & (lengths > 0))
     places = (ends - lengths)[held] + rng.integers(0, lengths[held])
     drawn[places] = words.plain + rng.integers(0, len(words.spaced) - words.plain, len(places))
-    last = drawn[ends[lengths > 0] - 1] + len(words.spaced)
-    drawn[ends[lengths > 0] - 1] = last
+    drawn[ends[lengths > 0] - 1] += len(words.spaced)
     both = pa.concat_arrays([words.spaced, words.last]).cast(pa.large_string())
     text = both.take(pa.array(drawn))
     _, starts, data = text.buffers()
@@ -212,22 +214,20 @@ def make_words() -> Words:
     """A vocabulary: common English words, then derived and compound ones, names, numbers and codes, rarer and rarer."""
     import pyarrow as pa
 
-    rng = np.random.default_rng(SEED)
-    derived = [a + stem + b for a, stem, b in product(PREFIXES, STEMS, SUFFIXES)]
-    compound = ["".join(pair) for pair in product(STEMS, STEMS)]
+    rng, common, stems = np.random.default_rng(SEED), COMMON.split(), STEMS.split()
+    derived = [a + stem + b for a, stem, b in product(PREFIXES, stems, SUFFIXES)]
+    compound = ["".join(pair) for pair in product(stems, stems)]
     names = ["".join(parts).capitalize() for size in (2, 3, 4) for parts in product(SYLLABLES, repeat=size)]
-    codes = [
-        f"{a}{b}-{n}" for a, b, n in zip(*rng.choice(list(CONSONANTS), (2, 40_000)), rng.integers(10, 9999, 40_000), strict=True)
-    ]
+    letters, digits = rng.choice(list(CONSONANTS), (2, CODES)), rng.integers(10, 9999, CODES)
+    codes = [f"{a}{b}-{number}" for a, b, number in zip(*letters, digits, strict=True)]
     numbers = [*map(str, range(3000)), *(f"{n / 10:.1f}" for n in range(2000))]
-    rare = sorted({*derived, *(word.capitalize() for word in derived), *compound, *names, *codes, *numbers} - {*COMMON, *ODD, ""})
-    weights = rng.random(len(rare))
-    rare = [rare[at] for at in np.argsort(weights)]
-    plain = list(dict.fromkeys([*COMMON, *ODD, *rare]))
-    all_words = [*plain, *REFERENCE_WORDS]
-    chances = np.cumsum(1 / (np.arange(len(plain)) + 3.0))
-    spaced, last = pa.array([f"{word} " for word in all_words]), pa.array(all_words)
-    return Words(spaced, last, len(plain), chances / chances[-1])
+    rare = sorted({*derived, *(word.capitalize() for word in derived), *compound, *names, *codes, *numbers} - {*common, *ODD})
+    rare = [rare[at] for at in rng.permutation(len(rare))]
+    plain = list(dict.fromkeys([*common, *ODD, *rare]))
+    chances = np.cumsum((np.arange(len(plain)) + ZIPF[0]) ** -ZIPF[1])
+    drawn = np.searchsorted(chances, (np.arange(DRAWS) + 0.5) * (chances[-1] / DRAWS)).astype(np.int32)
+    every = [*plain, *REFERENCE_WORDS]
+    return Words(pa.array([f"{word} " for word in every]), pa.array(every), len(plain), drawn)
 
 
 __all__ = ["TRUE_ROWS", "make_words", "product_file", "product_lines"]

@@ -1,0 +1,178 @@
+"""`amazon-ft bench data`: from product lines to token ids, our stages against the document's own code.
+
+Both run as whole processes, in turn, on the same generated file (products.py), for one turn and for three turns a
+conversation. A run counts from the start of its process to its end; ours begins with an empty AMAZON_FT_HOME.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from flows.bench.processes import module, run
+from flows.bench.products import product_file
+from tasks.refs import InputError, home
+
+CONVERSATIONS = 100_000
+"""As in the document."""
+ROWS_A_CONVERSATION = 2.2
+"""A smaller file has fewer conversations: rows without a title or content, and those for evaluation, leave so many."""
+TURNS = (1, 3)
+LIBRARIES = ("datasets", "numpy", "polars", "pyarrow", "tokenizers", "transformers", "unsloth")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured."""
+
+    source: Path
+    rows: int
+    tokenizer: Path
+    recipe: str
+
+    @property
+    def conversations(self) -> int:
+        """How many are made of the rows."""
+        return min(CONVERSATIONS, int(self.rows / ROWS_A_CONVERSATION))
+
+    def command(self, side: str, turns: int, scratch: Path) -> list[str]:
+        """The process that is measured."""
+        arguments = (self.source, self.tokenizer, turns, self.conversations)
+        if side == "ours":
+            return module("flows.bench.ours", self.recipe, *arguments)
+        return module("flows.bench.document", *arguments, scratch / "datasets")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One whole process."""
+
+    side: str
+    """`ours` or `document`."""
+    turns: int
+    seconds: float
+    peak_rss_bytes: int
+    peak_anonymous_bytes: int
+    steps: dict[str, float]
+    """Seconds of each stage or step."""
+    load: float
+    """Processes that ran or waited to, mean of the minute before."""
+
+
+def bench_data(
+    rows: int, tokenizer: Path, recipe: str, *, against_document: bool, repeats: int, console: Console
+) -> dict[str, Any]:
+    """Measure and print; all numbers, with machine and versions.
+
+    Raises:
+        InputError: when the document's code is asked for and Unsloth is not installed.
+    """
+    if against_document and find_spec("unsloth") is None:
+        raise InputError("bench data: --against document: got no package unsloth; expected it. pip install unsloth unsloth_zoo")
+    bench = Bench(product_file(rows, home() / "bench"), rows, tokenizer.absolute(), recipe)
+    sides = ("ours", "document") if against_document else ("ours",)
+    measured = list[Measured]()
+    for turns, side in ((turns, side) for turns in TURNS for _ in range(repeats) for side in sides):
+        measured.append(measure(bench, side, turns))
+        console.print(_line(measured[-1]), highlight=False)
+    size = bench.source.stat().st_size
+    console.print(_table(measured, rows, size))
+    return {
+        "rows": rows,
+        "conversations": bench.conversations,
+        "source_bytes": size,
+        "recipe": recipe,
+        "machine": machine(),
+        "versions": _versions(),
+        "runs": [asdict(entry) for entry in measured],
+        "ratio": ratios(measured),
+    }
+
+
+def measure(bench: Bench, side: str, turns: int) -> Measured:
+    """One process, in a directory of its own that goes with it."""
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(dir=bench.source.parent) as name:
+        scratch = Path(name)
+        cost = run(bench.command(side, turns, scratch), scratch, os.environ | {"AMAZON_FT_HOME": str(scratch / "home")})
+    steps = json.loads(cost.output.splitlines()[-1])
+    return Measured(side, turns, round(cost.seconds, 2), cost.peak_rss_bytes, cost.peak_anonymous_bytes, steps, round(load, 1))
+
+
+def ratios(measured: list[Measured]) -> dict[str, float]:
+    """{turns: how many times as fast as the document's code}, of the medians.
+
+    >>> ratios([Measured("ours", 1, 2.0, 0, 0, {}, 0), Measured("document", 1, 9.0, 0, 0, {}, 0)])
+    {'1': 4.5}
+    """
+    found = dict[str, float]()
+    for turns in TURNS:
+        ours, document = (_seconds(measured, side, turns) for side in ("ours", "document"))
+        if ours and document:
+            found[str(turns)] = round(statistics.median(document) / statistics.median(ours), 2)
+    return found
+
+
+def _seconds(measured: list[Measured], side: str, turns: int) -> list[float]:
+    return [entry.seconds for entry in measured if (entry.side, entry.turns) == (side, turns)]
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on."""
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
+    )
+    return {
+        "processor": model or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = dict[str, str]()
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _line(entry: Measured) -> str:
+    steps = ", ".join(f"{name} {seconds:.1f}" for name, seconds in entry.steps.items())
+    return f"{entry.side}, {entry.turns} turn{'s' * (entry.turns > 1)}: {entry.seconds:.1f} s ({steps})"
+
+
+def _table(measured: list[Measured], rows: int, size: int) -> Table:
+    table = Table("", "turns", "seconds", "rows/s", "MB/s", "peak RSS", "peak anonymous", "times as fast")
+    ratio = ratios(measured)
+    for side, turns in dict.fromkeys((entry.side, entry.turns) for entry in measured):
+        entries = [entry for entry in measured if (entry.side, entry.turns) == (side, turns)]
+        seconds = statistics.median(_seconds(measured, side, turns))
+        peaks = (max(entry.peak_rss_bytes for entry in entries), max(entry.peak_anonymous_bytes for entry in entries))
+        cells = [
+            f"{seconds:.1f}",
+            f"{rows / seconds:,.0f}",
+            f"{size / seconds / 1e6:.0f}",
+            *(f"{peak / 1e9:.2f} GB" for peak in peaks),
+        ]
+        table.add_row(side, str(turns), *cells, f"{ratio[str(turns)]}" if side == "ours" and ratio else "")
+    return table
+
+
+__all__ = ["Bench", "Measured", "bench_data", "machine", "measure", "ratios"]

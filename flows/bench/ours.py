@@ -1,0 +1,62 @@
+"""Our data stages in one process, without Prefect: products to token ids; prints {stage: seconds} as JSON.
+
+usage: python -m flows.bench.ours RECIPE SOURCE TOKENIZER_DIR TURNS CONVERSATIONS
+
+AMAZON_FT_HOME should be empty.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from flows.recipes import load_recipe
+from tasks.ingest import ingest, locate_source
+from tasks.modeldir import directory_tokenizer
+from tasks.sample import sample
+from tasks.sharegpt import sharegpt
+from tasks.stage import Stage
+from tasks.template import template
+from tasks.tokenize import tokenize
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def run(recipe_name: str, source: str, tokenizer_directory: str, turns: str, rows: str) -> dict[str, float]:
+    """Run the stages on a file; how long each took."""
+    settings = [f"ingest.sources=[{source}]", f"sharegpt.conversation_extension={turns}", f"sample.rows={rows}"]
+    recipe, seconds = load_recipe(recipe_name, settings), dict[str, float]()
+    tokenizer = directory_tokenizer(Path(tokenizer_directory))
+
+    def timed(stage: Stage[..., R], **inputs: Any) -> R:
+        started = time.perf_counter()
+        value = stage.execute(inputs)
+        seconds[stage.name] = time.perf_counter() - started
+        return value
+
+    started = time.perf_counter()
+    located = locate_source(recipe.ingest.sources)
+    seconds["digest of the source"] = time.perf_counter() - started
+    products = timed(ingest, source=located, config=recipe.ingest)
+    split = timed(sample, products=products, config=recipe.sample)
+    conversations = timed(sharegpt, split=split, config=recipe.sharegpt)
+    texts = timed(template, conversations=conversations, special=tokenizer.special, config=recipe.template)
+    timed(tokenize, texts=texts, tokenizer=tokenizer, config=recipe.tokenize)
+    return seconds
+
+
+def told(seconds: Mapping[str, float]) -> str:
+    """One line of JSON."""
+    return json.dumps({name: round(value, 3) for name, value in seconds.items()})
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    sys.stdout.write(told(run(*sys.argv[1:])) + "\n")
