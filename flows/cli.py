@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from flows import show
+from flows.bench import app as bench_app
 from flows.recipes import load_recipe
 from tasks import runs
 from tasks.refs import ConfigError, InputError, PipelineError, SavedModel
@@ -26,6 +27,7 @@ FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 cache_app = typer.Typer(no_args_is_help=True, help="What lies under AMAZON_FT_HOME, and what may go.")
 app.add_typer(cache_app, name="cache")
+app.add_typer(bench_app, name="bench")
 
 err = Console(stderr=True)
 
