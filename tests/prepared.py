@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from tasks.config import SharegptConfig, TemplateConfig, TokenizeConfig
+from tasks.encode import to_ids
 from tasks.refs import Artifact, Special, Split, Texts, Tokenizer
 from tasks.sharegpt import sharegpt
 from tasks.store import publish
@@ -66,6 +68,12 @@ def encode(texts: Texts, directory: Path, **changes: Any) -> Split:
 def rows_of(artifact: Artifact, name: str | None = None) -> list[dict[str, Any]]:
     """The rows of an artifact's file; its main one bears the name of its kind."""
     return read_table(artifact / f"{name or artifact.kind}.arrow").to_pylist()
+
+
+def id_rows(column: pa.LargeBinaryArray) -> list[list[int]]:
+    """The ids of each text."""
+    ids, offsets = to_ids(column)
+    return [ids[start:end].tolist() for start, end in pairwise(offsets)]
 
 
 def lines(rows: Iterable[Any]) -> str:
