@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 from tasks.config import SampleConfig
+from tasks.locks import work_directory
 from tasks.refs import Artifact, InputError, Products
 from tasks.stage import current_key, stage
-from tasks.locks import work_directory
 from tasks.store import publish
 
 
