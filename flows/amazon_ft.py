@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import cast
 
 from prefect import flow
 
+from flows.artifacts import show_model, shown
+from flows.child import ChildError
+from flows.deployed import supervised
+from flows.names import name_run
 from flows.pipeline import pipeline
 from flows.recipes import build_recipe
 from tasks import runs
@@ -15,7 +20,7 @@ from tasks.save import publish_link
 from tasks.stage import StageReached, ending_with
 
 
-@flow(name="amazon-ft", flow_run_name="{config.name} {config.sample.rows}")
+@flow(name="amazon-ft", flow_run_name=name_run)
 def amazon_ft(config: Recipe, overrides: tuple[str, ...] = (), until: str | None = None) -> SavedModel | None:
     """From a product file to a fine-tuned model.
 
@@ -25,8 +30,13 @@ def amazon_ft(config: Recipe, overrides: tuple[str, ...] = (), until: str | None
         until: the stage to end with; None for all.
     """
     recipe = build_recipe(config.model_dump(mode="json"), overrides)
-    with runs.run_record(recipe.name, recipe.model_dump(mode="json")), ending_with(until), suppress(StageReached):
-        saved = pipeline(recipe)
-        publish_link(saved, recipe.name)
-        return saved
+    record = runs.run_record(recipe.name, recipe.model_dump(mode="json"))
+    try:
+        with supervised(), record, ending_with(until), shown(recipe), suppress(StageReached):
+            saved = pipeline(recipe)
+            show_model(publish_link(saved, recipe.name))
+            return saved
+    except ChildError as end:
+        state = end.state.model_copy(update={"message": str(end), "data": None})
+        return cast("SavedModel", state)  # Prefect takes a state that a flow returns for its own
     return None

@@ -15,6 +15,7 @@ from rich.logging import RichHandler
 
 from flows import show
 from flows.bench import app as bench_app
+from flows.deploy import PoolType
 from flows.recipes import load_recipe
 from tasks import runs
 from tasks.refs import ConfigError, InputError, PipelineError, SavedModel
@@ -102,6 +103,37 @@ def plan(recipe: RecipeName = "default", overrides: Overrides = None, as_json: A
         typer.echo(json.dumps({"stages": [show.step(step) for step in found.steps]}, ensure_ascii=False))
     else:
         show.plan(found, Console())
+
+
+@app.command()
+def up(
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="Port of the server.")] = 4200,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in, without a password.")
+    ] = "127.0.0.1",
+    ui: Annotated[bool, typer.Option("--ui/--no-ui", help="Serve the web interface.")] = True,
+    database_url: Annotated[
+        str | None,
+        typer.Option(envvar="PREFECT_SERVER_DATABASE_CONNECTION_URL", help="postgresql+asyncpg://...; SQLite unless given."),
+    ] = None,
+) -> None:
+    """Start a server, work pools, workers and deployments on this machine; Ctrl-C ends them."""
+    from flows.up import Options
+    from flows.up import run as run_up
+
+    run_up(Options(host=host, port=port, ui=ui, database_url=database_url), Console())
+
+
+@app.command()
+def deploy(
+    pools: Annotated[PoolType, typer.Option(help="Where runs live.")] = PoolType.PROCESS,
+    gpus: Annotated[int, typer.Option(min=1, help="How many trainings pool cuda runs at a time.")] = 1,
+) -> None:
+    """Register work pools, deployments and the crash automation with the server at PREFECT_API_URL."""
+    from flows.deploy import set_up
+
+    set_up(pools, gpus)
+    err.print("registered: work pools cpu and cuda, and every deployment of deployments/prefect.yaml", highlight=False)
 
 
 @cache_app.command("ls")

@@ -7,14 +7,20 @@ from typing import Any
 from tasks.config import Recipe
 from tasks.evaluate import evaluate
 from tasks.finetune import finetune
-from tasks.refs import Adapter, Evaluation, Prepared
-from tasks.stage import StageReached, is_planning
+from tasks.refs import Adapter, Evaluation, PipelineError, Prepared, home
+from tasks.stage import StageReached, is_planning, last_stage
 
 
 def tune(recipe: Recipe, prepared: Prepared) -> tuple[Adapter, Evaluation]:
     """The adapter and its evaluation. A child flow run is created only if one of them has to be made."""
-    if is_planning() or _is_recorded(recipe, prepared):
+    if is_planning() or _is_recorded(recipe, prepared, last_stage()):
         return finetune_and_evaluate(recipe, prepared)
+    from flows.deployed import flow_run_id
+
+    return _tune_there(recipe, prepared) if flow_run_id() is not None else _tune_here(recipe, prepared)
+
+
+def _tune_here(recipe: Recipe, prepared: Prepared) -> tuple[Adapter, Evaluation]:
     from flows.train import amazon_ft_train
 
     done = amazon_ft_train(recipe, prepared)
@@ -23,15 +29,30 @@ def tune(recipe: Recipe, prepared: Prepared) -> tuple[Adapter, Evaluation]:
     return done
 
 
+def _tune_there(recipe: Recipe, prepared: Prepared) -> tuple[Adapter, Evaluation]:
+    """On the machine that serves work pool `cuda`; both references are then read from the records that both machines share."""
+    from flows.child import run_child
+
+    run_child(recipe, prepared, last_stage())
+    if not _is_recorded(recipe, prepared, last_stage()):
+        raise PipelineError(
+            f"amazon-ft-train completed, but its records are not under {home()}; expected both workers to share one "
+            "AMAZON_FT_HOME, be it a volume or a network file system. Mount the same one on both machines and run again."
+        )
+    return finetune_and_evaluate(recipe, prepared)
+
+
 def finetune_and_evaluate(recipe: Recipe, prepared: Prepared) -> tuple[Adapter, Evaluation]:
     """The two stages that need the device."""
     adapter = finetune(**_finetune_inputs(recipe, prepared))
     return adapter, evaluate(**_evaluate_inputs(recipe, prepared, adapter))
 
 
-def _is_recorded(recipe: Recipe, prepared: Prepared) -> bool:
+def _is_recorded(recipe: Recipe, prepared: Prepared, until: str | None = None) -> bool:
     adapter = finetune.lookup(**_finetune_inputs(recipe, prepared))
-    return adapter is not None and evaluate.lookup(**_evaluate_inputs(recipe, prepared, adapter)) is not None
+    if adapter is None or until == "finetune":
+        return adapter is not None
+    return evaluate.lookup(**_evaluate_inputs(recipe, prepared, adapter)) is not None
 
 
 def _finetune_inputs(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:

@@ -46,9 +46,10 @@ def prefect_server() -> Generator[str]:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | QUIET)
         os.environ["PREFECT_API_URL"] = url = f"http://127.0.0.1:{port}/api"
         try:
-            _wait_until_healthy(url, process, log)
+            wait_until_healthy(url, process, log)
             yield url
         finally:
+            _send_last_logs()
             del os.environ["PREFECT_API_URL"]
             process.terminate()
             try:
@@ -57,13 +58,26 @@ def prefect_server() -> Generator[str]:
                 process.kill()
 
 
+def _send_last_logs() -> None:
+    """Hand the server what Prefect's log thread still holds; at the exit it would try for a minute to reach one that is gone."""
+    if "prefect.logging.handlers" in sys.modules:
+        from prefect.logging.handlers import APILogHandler
+
+        APILogHandler().flush()
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Return once the server answers.
+
+    Raises:
+        PipelineError: when it does not, or ends before; names its log.
+    """
     import httpx
 
     give_up = time.monotonic() + START_SECONDS

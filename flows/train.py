@@ -6,16 +6,27 @@ from contextlib import suppress
 
 from prefect import flow
 
+from flows.artifacts import shown
+from flows.deployed import supervised
 from flows.dispatch import finetune_and_evaluate
+from flows.gpus import one_gpu
+from flows.names import name_run
 from tasks import runs
 from tasks.config import Recipe
 from tasks.refs import Adapter, Evaluation, Prepared
-from tasks.stage import StageReached
+from tasks.stage import StageReached, ending_with, last_stage
 
 
-@flow(name="amazon-ft-train", flow_run_name="{recipe.name}")
-def amazon_ft_train(recipe: Recipe, prepared: Prepared) -> tuple[Adapter, Evaluation] | None:
-    """Fine-tune the model and evaluate it; None when the run was to end earlier."""
-    with runs.run_record(recipe.name, recipe.model_dump(mode="json")), suppress(StageReached):
+@flow(name="amazon-ft-train", flow_run_name=name_run)
+def amazon_ft_train(recipe: Recipe, prepared: Prepared, until: str | None = None) -> tuple[Adapter, Evaluation] | None:
+    """Fine-tune the model and evaluate it; None when the run was to end earlier.
+
+    Args:
+        recipe: the parent's.
+        prepared: what the stages before made.
+        until: the stage to end with; None for both.
+    """
+    record = runs.run_record(recipe.name, recipe.model_dump(mode="json"))
+    with supervised(), record, ending_with(until or last_stage()), shown(recipe), one_gpu(recipe.device), suppress(StageReached):
         return finetune_and_evaluate(recipe, prepared)
     return None

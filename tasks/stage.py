@@ -43,6 +43,9 @@ R = TypeVar("R", bound=BaseModel)
 
 _key: ContextVar[str] = ContextVar("key")
 _until: ContextVar[str | None] = ContextVar("until", default=None)
+Listener = Callable[[str, Mapping[str, Any], BaseModel], None]
+"""Hears the name, the inputs and the result of a stage."""
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,21 @@ def ending_with(name: str | None) -> Generator[None]:
         _until.reset(token)
 
 
+def last_stage() -> str | None:
+    """The stage that the run is to end with; None for all."""
+    return _until.get()
+
+
+@contextmanager
+def telling(listener: Listener) -> Generator[None]:
+    """Tell of every stage in the block that ran or was served; it must neither fail nor wait."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
 def lineage() -> Lineage:
     """The stage calls of the present run so far, and its recipe."""
     run = current_run()
@@ -173,6 +191,8 @@ class Stage(Generic[P, R]):
         if (plan := _plan.get()) is not None:
             return cast("R", self._foresee(inputs, plan))
         value = self._perform(inputs)
+        if (listener := _listener.get()) is not None:
+            listener(self.name, inputs, value)
         if _until.get() == self.name:
             raise StageReached
         return value
@@ -326,7 +346,9 @@ __all__ = [
     "current_key",
     "ending_with",
     "is_planning",
+    "last_stage",
     "lineage",
     "planning",
     "stage",
+    "telling",
 ]

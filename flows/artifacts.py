@@ -1,0 +1,240 @@
+"""What a run shows in the Prefect UI, made and sent on a thread of its own.
+
+Nothing here can hold up or end a run: work is queued, an error is logged once, and the end of the run waits for the queue a
+few seconds at most.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import socket
+import threading
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from flows.deployed import flow_run_id
+from flows.names import run_tags
+from tasks import report
+from tasks.backends import Report
+from tasks.backends.progress import listening
+from tasks.card import comparison
+from tasks.refs import Adapter, Artifact, Evaluation, Products, Source, Split, Tokenizer
+from tasks.runs import current_run
+from tasks.stage import telling
+from tasks.store import MANIFEST
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from prefect.client.orchestration import SyncPrefectClient
+
+    from tasks.config import Recipe
+
+logger = logging.getLogger(__name__)
+
+END_SECONDS = 10.0
+"""How long the end of a run waits for the last artifacts."""
+SHOWN_ROWS = 2
+SHOWN_ANSWERS = 4
+
+Job = Callable[["SyncPrefectClient"], None]
+
+_board: ContextVar[Board | None] = ContextVar("board", default=None)
+
+
+class Queue:
+    """Calls to the server, one after another, on a thread of their own."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.Queue[Job | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, name="artifacts", daemon=True)
+        self._failed = False
+        self._thread.start()
+
+    def put(self, job: Job) -> None:
+        """Do it some time."""
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        """Wait for what is left, a few seconds at most."""
+        self._jobs.put(None)
+        self._thread.join(END_SECONDS)
+
+    def _run(self) -> None:
+        from prefect.client.orchestration import get_client
+
+        with get_client(sync_client=True) as client:
+            while (job := self._jobs.get()) is not None:
+                try:
+                    job(client)
+                except Exception:
+                    if not self._failed:
+                        logger.warning("An artifact of this run could not be shown; the run goes on.", exc_info=True)
+                    self._failed = True
+
+
+@dataclass
+class Board:
+    """The artifacts of one flow run; each is made once and then updated."""
+
+    run: UUID
+    prefix: str
+    jobs: Queue
+    _ids: dict[str, UUID] = field(default_factory=dict[str, "UUID"])
+
+    def show(self, key: str, description: str, make: Callable[[], object], *, kind: str = "markdown") -> None:
+        """Queue an artifact; `make` is called on the queue's thread."""
+        self.jobs.put(lambda client: self._send(client, key, description, make(), kind))
+
+    def _send(self, client: SyncPrefectClient, key: str, description: str, data: object, kind: str) -> None:
+        from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+
+        if key in self._ids:
+            client.update_artifact(self._ids[key], ArtifactUpdate(data=data, description=description))
+            return
+        full_key = f"{self.prefix}-{key}"
+        made = ArtifactCreate(key=full_key, type=kind, description=description, data=data, flow_run_id=self.run)
+        self._ids[key] = client.create_artifact(made).id
+
+
+class LiveTraining:
+    """Hears of a training: a progress bar and the loss curve."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._points: list[tuple[int, float]] = []
+
+    def report(self, report: Report) -> None:
+        """Move the bar and the curve on."""
+        self._points.append((report.step, report.loss))
+        points, done = list(self._points), 100.0 * report.step / max(report.steps, 1)
+        left = f"step {report.step} of {report.steps}, {report.eta_seconds:,.0f} s left"
+        self._board.show("training-progress", left, lambda: done, kind="progress")
+        self._board.show("training", left, lambda: _training(points, report))
+
+    def close(self) -> None:
+        """The curve stays as it is."""
+
+
+@contextmanager
+def shown(recipe: Recipe) -> Generator[None]:
+    """Show the stages and trainings of the block in the UI, if a worker runs it from a deployment."""
+    run = flow_run_id()
+    if run is None:
+        yield
+        return
+    board = Board(run, recipe.name, Queue())
+    board.jobs.put(lambda client: _tag(client, run, run_tags(recipe)))
+    token = _board.set(board)
+    with telling(lambda name, inputs, value: _show_stage(board, name, inputs, value)), listening(LiveTraining(board)):
+        try:
+            yield
+        finally:
+            _board.reset(token)
+            if (record := current_run()) is not None:
+                stages = [dict(stage) for stage in record.stages]
+                board.show("stages", "what each stage did and why", lambda: report.lineage(stages))
+            board.jobs.close()
+
+
+def current_board() -> Board | None:
+    """The board of the `shown` block that this is in."""
+    return _board.get()
+
+
+def show_model(path: Path) -> None:
+    """The saved model's place, and a link to it."""
+    if (board := current_board()) is None:
+        return
+    files = [(file.name, file.stat().st_size) for file in sorted(path.iterdir()) if file.name != MANIFEST]
+    board.show("model", f"the tuned model: {path}", lambda: report.output(str(path), socket.gethostname(), files))
+    board.show("model-link", "the tuned model", path.as_uri, kind="link")
+
+
+def _tag(client: SyncPrefectClient, run: UUID, tags: list[str]) -> None:
+    client.update_flow_run(run, tags=sorted({*client.read_flow_run(run).tags, *tags}))
+
+
+def _show_stage(board: Board, name: str, inputs: Mapping[str, Any], value: BaseModel) -> None:
+    """Queue what there is to see of a stage's result."""
+    if isinstance(value, Products):
+        board.show("source", "lines kept and dropped", lambda: _source(inputs["source"], value))
+    elif name == "tokenize" and isinstance(value, Split):
+        tokenizer, limit = inputs["tokenizer"], inputs["config"].max_tokens
+        board.show("rows", "two training rows, what is trained on marked", lambda: _rows(value.train, tokenizer))
+        board.show("token-lengths", "tokens of the training rows", lambda: _lengths(value, limit))
+    elif isinstance(value, Adapter):
+        board.show("training", f"{value.steps} steps", lambda: _trained(value))
+    elif isinstance(value, Evaluation):
+        board.show("evaluation", "base against tuned on held-out rows", lambda: _evaluation(value))
+
+
+def _source(source: Source, products: Products) -> str:
+    files = [(Path(file.url).name, file.size_bytes) for file in source.files]
+    rejected = products.lines - products.data.rows - sum(products.dropped.values())
+    return report.source_profile(files, products.lines, products.data.rows, products.dropped, rejected)
+
+
+def _rows(tokens: Artifact, tokenizer: Tokenizer) -> str:
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_file(str(Path(tokenizer.path) / "tokenizer.json"))
+    rows = _read(tokens, "input_ids", "labels", rows=SHOWN_ROWS)
+    parts = [report.pieces(row["input_ids"], row["labels"]) for row in rows]
+    return report.marked_rows(
+        [[(backend.decode(ids, skip_special_tokens=False), trained) for ids, trained in row] for row in parts]
+    )
+
+
+def _lengths(tokens: Split, limit: int) -> str:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    with pa.memory_map(str(tokens.train / "tokens.arrow")) as source, pa.ipc.open_stream(source) as reader:
+        lengths = [length for batch in reader for length in pc.list_value_length(batch["input_ids"]).to_pylist()]
+    return report.token_lengths(lengths, limit, tokens.counts)
+
+
+def _read(tokens: Artifact, *columns: str, rows: int) -> list[dict[str, Any]]:
+    import pyarrow as pa
+
+    with pa.memory_map(str(tokens / "tokens.arrow")) as source, pa.ipc.open_stream(source) as reader:
+        first = next(iter(reader), None)
+        return first.select(columns).slice(0, rows).to_pylist() if first is not None else []
+
+
+def _training(points: list[tuple[int, float]], now: Report) -> str:
+    figures = {
+        "step": f"{now.step:,} of {now.steps:,}",
+        "loss": now.loss,
+        "learning rate": now.learning_rate,
+        "gradient norm": now.grad_norm,
+        "tokens a second": round(now.tokens_per_second),
+        "seconds left": round(now.eta_seconds),
+    }
+    return report.training(points, figures)
+
+
+def _trained(adapter: Adapter) -> str:
+    steps = [json.loads(line) for line in (adapter.log / "train_log.jsonl").read_text().splitlines()]
+    resolved = json.loads((adapter.log / "resolved.json").read_text())
+    chosen = {name: resolved.get(name) for name in ("device_name", "dtype", "optimizer", "gradient_checkpointing", "peak_gib")}
+    figures = {name.replace("_", " "): value for name, value in (adapter.summary | chosen).items() if value is not None}
+    return report.training([(step["step"], step["loss"]) for step in steps], figures)
+
+
+def _evaluation(value: Evaluation) -> str:
+    metrics = json.loads((value.data / "metrics.json").read_text())
+    lines = (value.data / "generations.jsonl").read_text().splitlines()
+    return report.evaluation(comparison(metrics), [json.loads(line) for line in lines[:SHOWN_ANSWERS]])
+
+
+__all__ = ["Board", "LiveTraining", "Queue", "current_board", "show_model", "shown"]

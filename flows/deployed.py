@@ -1,0 +1,45 @@
+"""A flow run that a worker started: known by its deployment, logged to the server, ended with its worker."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from flows import guard
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+
+def flow_run_id() -> UUID | None:
+    """The present flow run, if a worker runs it from a deployment."""
+    from prefect.context import FlowRunContext
+
+    context = FlowRunContext.get()
+    run = context.flow_run if context is not None else None
+    return run.id if run is not None and run.deployment_id is not None else None
+
+
+@contextmanager
+def supervised() -> Generator[None]:
+    """What a deployed flow needs around its body; nothing for one that runs in its caller's process.
+
+    Raises:
+        WorkerGone: when the worker was killed; the flow run becomes Crashed with these words.
+    """
+    if flow_run_id() is None:
+        yield
+        return
+    from prefect.exceptions import TerminationSignal
+
+    for name in ("tasks", "flows"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    guard.end_with_worker()
+    try:
+        yield
+    except TerminationSignal:
+        if guard.worker_is_gone():
+            raise guard.WorkerGone("The worker that ran this was killed or lost. Finished stages are kept; run again.") from None
+        raise

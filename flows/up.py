@@ -1,0 +1,212 @@
+"""`amazon-ft up`: a server, both work pools, their workers and all deployments on this machine, until Ctrl-C.
+
+Everything started here runs in a session of its own, so that a terminal's Ctrl-C reaches this process alone, which then
+ends the workers before the server; and under flows/guard.py, so that it ends too when this process is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from flows import deploy
+from flows.gpus import Gpu, visible_gpus
+from flows.server import wait_until_healthy
+from tasks.refs import ConfigError, PipelineError, home
+
+CHECKPOINT_SECONDS = 45
+"""What a worker gets to end in: its training writes a checkpoint first."""
+SERVER_SECONDS = 10
+ONLINE_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
+
+    host: str = "127.0.0.1"
+    port: int = 4200
+    ui: bool = True
+    database_url: str | None = None
+
+    @property
+    def url(self) -> str:
+        """The server's own, for programs on this machine."""
+        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"  # only compared
+
+
+@dataclass
+class Processes:
+    """What was started, in order."""
+
+    env: dict[str, str]
+    started: list[tuple[str, subprocess.Popen[bytes]]] = field(default_factory=list[tuple[str, subprocess.Popen[bytes]]])
+
+    def start(self, name: str, *command: str, **env: str) -> subprocess.Popen[bytes]:
+        """`prefect COMMAND` with its output in a log of its own."""
+        log = log_of(name)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        guarded = [sys.executable, "-m", "flows.guard", str(os.getpid()), "prefect", *command]
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                guarded, stdout=output, stderr=subprocess.STDOUT, env=self.env | env, start_new_session=True
+            )
+        self.started.append((name, process))
+        return process
+
+    def stop(self) -> None:
+        """End the workers, all at once, then the server; each gets time to end by itself."""
+        workers, server = self.started[1:], self.started[:1]
+        _end([process for _, process in workers], CHECKPOINT_SECONDS)
+        _end([process for _, process in server], SERVER_SECONDS)
+
+    def watch(self) -> None:
+        """Return never.
+
+        Raises:
+            PipelineError: when one of them ended by itself.
+        """
+        while True:
+            for name, process in self.started:
+                if (code := process.poll()) is not None:
+                    raise PipelineError(
+                        f"up: {name}: ended with exit code {code}; expected it to stay. Its log is {log_of(name)}."
+                    )
+            time.sleep(0.5)
+
+
+def log_of(name: str) -> Path:
+    """Where a process's output goes."""
+    return home() / "logs" / f"{name}.log"
+
+
+def run(options: Options, console: Console) -> None:
+    """Start everything, say how to use it, and stay until interrupted.
+
+    Raises:
+        PipelineError: when a part does not start or does not stay.
+    """
+    _check_port(options)
+    gpus = visible_gpus()
+    with _ended_by_sigterm(), _processes(options) as processes:
+        os.environ["PREFECT_API_URL"] = f"{options.url}/api"
+        server = processes.start("server", *_server(options))
+        wait_until_healthy(f"{options.url}/api", server, log_of("server"))
+        deploy.set_up_pools(deploy.PoolType.PROCESS, max(1, len(gpus)))
+        names = _start_workers(processes, gpus)
+        deploy.register()
+        _wait_until_online(names)
+        _tell(options, gpus, console)
+        processes.watch()
+
+
+@contextmanager
+def _processes(options: Options) -> Generator[Processes]:
+    env = {
+        "PREFECT_API_URL": f"{options.url}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "AMAZON_FT_HOME": str(home()),
+        "AMAZON_FT_DATA": str(Path.cwd()),
+        "DO_NOT_TRACK": "1",
+    }
+    if options.database_url:
+        env["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = options.database_url
+    processes = Processes({**os.environ, **env})
+    try:
+        yield processes
+    finally:
+        processes.stop()
+
+
+def _server(options: Options) -> list[str]:
+    return ["server", "start", "--host", options.host, "--port", str(options.port), "--ui" if options.ui else "--no-ui"]
+
+
+def _start_workers(processes: Processes, gpus: Sequence[Gpu]) -> dict[str, str]:
+    """One worker for the parent flows, and one to a GPU; {worker: pool}."""
+    processes.start("cpu-0", *_worker("cpu-0", deploy.CPU_POOL))
+    for number, gpu in enumerate(gpus):
+        limited = _worker(f"cuda-{number}", deploy.CUDA_POOL, "--limit", "1")
+        processes.start(f"cuda-{number}", *limited, CUDA_VISIBLE_DEVICES=gpu.uuid)
+    if not gpus:
+        processes.start("cuda-0", *_worker("cuda-0", deploy.CUDA_POOL, "--limit", "1"))
+    return {name: deploy.CPU_POOL if name == "cpu-0" else deploy.CUDA_POOL for name, _ in processes.started[1:]}
+
+
+def _worker(name: str, pool: str, *options: str) -> list[str]:
+    return ["worker", "start", "--name", name, "--pool", pool, "--type", "process", *options]
+
+
+def _wait_until_online(names: dict[str, str]) -> None:
+    give_up = time.monotonic() + ONLINE_SECONDS
+    while waiting := [name for name, pool in names.items() if name not in deploy.online_workers(pool)]:
+        if time.monotonic() > give_up:
+            raise PipelineError(f"up: worker {waiting[0]}: not online after {ONLINE_SECONDS} s. Its log is {log_of(waiting[0])}.")
+        time.sleep(0.2)
+
+
+def _tell(options: Options, gpus: Sequence[Gpu], console: Console) -> None:
+    trains = f"{len(gpus)} x {gpus[0].name}" if gpus else "no GPU here: the cuda worker trains on the CPU (device=cpu recipes)"
+    lines = (
+        f"server:    {options.url}" if options.ui else f"server:    {options.url}/api (without UI)",
+        f"training:  {trains}",
+        f"logs:      {home() / 'logs'}",
+        "",
+        "In another shell:",
+        f"  export PREFECT_API_URL={options.url}/api",
+        f"  prefect deployment run amazon-ft/{'default' if gpus else 'demo'}",
+        "",
+        "Ctrl-C ends the server and its workers; a training writes a checkpoint first.",
+    )
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _check_port(options: Options) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((options.host, options.port))
+        except OSError as error:
+            raise ConfigError(
+                f"up: {options.host}:{options.port}: {error.strerror}; expected a free port. Use --port, or the server there "
+                f"(export PREFECT_API_URL=http://{options.host}:{options.port}/api; amazon-ft deploy)."
+            ) from error
+
+
+@contextmanager
+def _ended_by_sigterm() -> Generator[None]:
+    """SIGTERM ends the block as Ctrl-C does."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    for process in processes:
+        process.terminate()
+    give_up = time.monotonic() + seconds
+    for process in processes:
+        try:
+            process.wait(max(0.1, give_up - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
