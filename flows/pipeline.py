@@ -17,8 +17,6 @@ from tasks.store import verifying
 from tasks.template import template
 from tasks.tokenize import tokenize
 
-STAGES = ("ingest", "sample", "sharegpt", "template", "tokenize", "pack", "finetune", "evaluate", "save")
-
 
 def pipeline(recipe: Recipe) -> SavedModel:
     """All stages of a recipe; each call runs, is served from its record, or is only planned (tasks/stage.py)."""

@@ -1,0 +1,64 @@
+"""Two runs at once on one root: both right, nothing corrupt, nothing trained twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import Tiny
+from tasks import store
+from tasks.refs import Artifact
+
+
+def start(tiny: Tiny, *settings: str) -> subprocess.Popen[str]:
+    arguments = [word for setting in settings for word in ("--set", setting)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "run", str(tiny.recipe), "--json", *arguments],
+        cwd=tiny.checkout.path,
+        env={**os.environ, "PYTHONPATH": str(tiny.checkout.path), "AMAZON_FT_HOME": str(tiny.home), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ends(process: subprocess.Popen[str]) -> tuple[dict[str, str], str]:
+    """{stage: digest} of a run that came to its end, and what it said."""
+    out, said = process.communicate(timeout=250)
+    assert process.returncode == 0, said[-3000:]
+    return {stage["name"]: stage["digest"] for stage in json.loads(out.splitlines()[-1])["stages"]}, said
+
+
+def all_intact(home: Path, monkeypatch) -> bool:
+    monkeypatch.setenv("AMAZON_FT_HOME", str(home))
+    for path in (home / "artifacts").glob("*/*"):
+        digest = store.hashlib.sha256((path / store.MANIFEST).read_bytes()).hexdigest()
+        store.verify(Artifact(kind=path.parent.name, digest=digest))
+    return not [*(home / "drafts").glob("*")]
+
+
+def test_same_recipe_twice_at_once_trains_once(fresh: Tiny, finished: Tiny, monkeypatch) -> None:
+    both = [start(fresh), start(fresh)]
+    (first, first_said), (second, second_said) = map(ends, both)
+    assert first == second
+    alone = finished.ran()
+    assert {name: first[name] for name in first if name != "save"} == {
+        name: stage["digest"] for name, stage in alone.items() if name != "save"
+    }
+    waiting = [said for said in (first_said, second_said) if "finetune waits: process" in " ".join(said.split())]
+    assert len(waiting) == 1
+    assert any(f"process {process.pid}" in " ".join(waiting[0].split()) for process in both)
+    assert all_intact(fresh.home, monkeypatch)
+
+
+def test_different_recipes_at_once_are_both_right(fresh: Tiny, finished: Tiny, monkeypatch) -> None:
+    settings = ("sample.seed=7", "finetune.learning_rate=2e-3")
+    (plain, _), (changed, _) = map(ends, [start(fresh), start(fresh, *settings)])
+    alone = finished.ran()
+    assert {name for name in plain if plain[name] != alone[name]["digest"]} <= {"save"}
+    assert {name for name in plain if plain[name] == changed[name]} == {"ingest"}
+    assert ends(start(fresh, *settings))[0] == changed
+    assert all_intact(fresh.home, monkeypatch)
