@@ -29,7 +29,7 @@ from tasks.refs import Adapter, Artifact, ConfigError, DivergedError, InputError
 from tests.tiny import make_tiny_model, publish_rows, tiny_reference, tiny_row, tiny_tokens
 from tests.train_tiny import inputs, train
 
-LONG = {"max_steps": 60, "warmup_steps": 2}
+LONG = {"max_steps": 32, "warmup_steps": 2}
 """Enough steps to be killed between the first checkpoint and the last."""
 
 

@@ -1,8 +1,12 @@
-"""Trains a tiny model in a process of its own, for tests that kill it: python -m tests.train_tiny MODEL_DIR CONFIG_JSON."""
+"""Trains a tiny model in a process of its own: to be killed, or to be patched by Unsloth.
+
+python -m tests.train_tiny MODEL_DIR CONFIG_JSON...     one line for each training: {"adapter": Adapter, "environment": {...}}
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,4 +46,7 @@ def train(model: Model, batches: Artifact, **changes: Any) -> Adapter:
 
 
 if __name__ == "__main__":
-    print(train(tiny_reference(Path(sys.argv[1])), tiny_tokens(40), **json.loads(sys.argv[2])).model_dump_json())
+    for changes in sys.argv[2:]:
+        adapter = train(tiny_reference(Path(sys.argv[1])), tiny_tokens(40), **json.loads(changes))
+        unsloth = {name: value for name, value in os.environ.items() if name.startswith("UNSLOTH_")}
+        print(json.dumps({"adapter": adapter.model_dump(), "environment": unsloth}))

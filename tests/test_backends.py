@@ -1,0 +1,307 @@
+"""Both backends train the same thing behind one Protocol, on what the machine at hand can do.
+
+Unsloth patches torch and transformers for good when it is imported, so it trains in processes of its own here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.backends import hardware, load_backend, memory
+from tasks.backends.checkpoints import checkpoints, step_of
+from tasks.backends.scoring import Prompt, Request, score, score_here
+from tasks.backends.unsloth import import_unsloth
+from tasks.backends.watch import StepRecord, read_log
+from tasks.config import FinetuneConfig, LoraSection, WeightsConfig
+from tasks.finetune import finetune
+from tasks.refs import Adapter, ConfigError, InputError, Model, PipelineError
+from tests.tiny import make_tiny_model, tiny_reference, tiny_tokens
+from tests.train_tiny import inputs, train
+
+AS_DEFAULT = {"load_in_4bit": True, "dtype": "bfloat16", "gradient_checkpointing": "unsloth", "optimizer": "adamw_8bit"}
+"""What the recipe `default` asks Unsloth for."""
+NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("backends")
+
+
+@pytest.fixture(autouse=True)
+def home(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One root for the module, so that its trainings are made once."""
+    monkeypatch.setenv("AMAZON_FT_HOME", str(root / "home"))
+    return root / "home"
+
+
+@pytest.fixture(scope="module")
+def model(root: Path) -> Model:
+    return tiny_reference(make_tiny_model(root / "tiny"))
+
+
+def needs_unsloth() -> None:
+    """Fail, or skip, where Unsloth is not installed."""
+    if find_spec("unsloth") is None:
+        how = pytest.fail if os.environ.get("AMAZON_FT_REQUIRE_UNSLOTH") == "1" else pytest.skip
+        how("Unsloth is not installed: make install-unsloth")
+
+
+def train_apart(root: Path, model: Model, *configs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Train with Unsloth in a process of its own, without network; from a directory that it could litter."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("UNSLOTH_", "HF_HUB_"))}
+    environment |= NO_NETWORK | {"AMAZON_FT_HOME": str(root / "home"), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    (root / "elsewhere").mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "tests.train_tiny", model.path, *(json.dumps({"backend": "unsloth"} | c) for c in configs)]
+    done = subprocess.run(command, env=environment, cwd=root / "elsewhere", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def by_unsloth(root: Path, model: Model) -> list[dict[str, Any]]:
+    """A plain training and one as in the recipe `default`."""
+    needs_unsloth()
+    return train_apart(root, model, {}, AS_DEFAULT)
+
+
+@pytest.fixture(params=["hf", "unsloth"])
+def trained(request: pytest.FixtureRequest, model: Model) -> Adapter:
+    """The same training by each backend."""
+    if request.param == "hf":
+        return train(model, tiny_tokens(40))
+    return Adapter(**request.getfixturevalue("by_unsloth")[0]["adapter"])
+
+
+def log_of(adapter: Adapter) -> list[StepRecord]:
+    return read_log(adapter.log / "train_log.jsonl")
+
+
+def test_each_backend_leaves_an_adapter_and_a_log_of_every_step(trained: Adapter) -> None:
+    from safetensors import safe_open
+
+    records = log_of(trained)
+    assert [record.step for record in records] == list(range(1, 13))
+    assert trained.steps == 12
+    assert records[3].learning_rate == pytest.approx(9e-4)
+    assert all(record.grad_norm > 0 for record in records)
+    with safe_open(trained.data / "adapter_model.safetensors", framework="np") as file:
+        assert len(file.keys()) == 2 * 2 * len(LoraSection().target_modules)  # A and B of each module of two layers
+        assert any(abs(file.get_tensor(name)).max() > 0 for name in file.keys() if ".lora_B." in name)  # noqa: SIM118
+
+
+def test_each_backends_adapter_loads_with_plain_peft(trained: Adapter, model: Model) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    config = json.loads((trained.data / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (16, 16, "org/tiny")
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model.path), str(trained.data.path))
+    assert tuned.active_adapter == "default"
+
+
+def test_unsloth_loses_what_plain_trl_loses(model: Model, by_unsloth: list[dict[str, Any]]) -> None:
+    ours, plain = log_of(Adapter(**by_unsloth[0]["adapter"])), log_of(train(model, tiny_tokens(40)))
+    assert [record.tokens for record in ours] == [record.tokens for record in plain]
+    assert [record.loss for record in ours] == pytest.approx([record.loss for record in plain], abs=2e-5)
+    assert [record.grad_norm for record in ours] == pytest.approx([record.grad_norm for record in plain], rel=1e-3)
+
+
+def test_unsloth_trains_as_the_recipe_default_asks(by_unsloth: list[dict[str, Any]]) -> None:
+    adapter = Adapter(**by_unsloth[1]["adapter"])
+    resolved = json.loads((adapter.log / "resolved.json").read_text())
+    assert resolved["load_in_4bit"] is True
+    assert (resolved["dtype"], resolved["gradient_checkpointing"]) == ("bfloat16", "unsloth")
+    assert {"unsloth", "unsloth_zoo", "torch", "trl"} <= resolved["versions"].keys()
+    quantized, exact = log_of(adapter), log_of(Adapter(**by_unsloth[0]["adapter"]))
+    assert [record.loss for record in quantized] == pytest.approx([record.loss for record in exact], abs=0.1)
+    assert [record.loss for record in quantized] != [record.loss for record in exact]
+
+
+def test_unsloth_keeps_its_compiled_code_under_the_root_and_sends_nothing(root: Path, by_unsloth: list[dict[str, Any]]) -> None:
+    told = by_unsloth[0]["environment"]
+    assert told["UNSLOTH_COMPILE_LOCATION"] == str(root / "home" / "unsloth_compiled")
+    assert told["UNSLOTH_DISABLE_STATISTICS"] == "1"
+    assert list((root / "elsewhere").iterdir()) == []
+
+
+def test_unsloth_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(
+    root: Path, model: Model, by_unsloth: list[dict[str, Any]]
+) -> None:
+    whole = Adapter(**by_unsloth[0]["adapter"])
+    work = root / "home" / "work" / finetune.key(inputs(model, tiny_tokens(40), backend="unsloth"))[:32]
+    newest, before = checkpoints(work)
+    (newest / "seal.json").unlink()
+    (again,) = train_apart(root, model, {})
+    resumed = Adapter(**again["adapter"])
+    assert step_of(before) == 8
+    assert resumed.data.digest == whole.data.digest
+    assert [(record.loss, record.grad_norm) for record in log_of(resumed)] == [
+        (record.loss, record.grad_norm) for record in log_of(whole)
+    ]
+
+
+def test_without_unsloth_its_recipes_are_refused_with_two_ways_out(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.backends.hardware.find_spec", lambda _: None)
+    with pytest.raises(ConfigError) as caught:
+        train(model, tiny_tokens(4), backend="unsloth")
+    assert str(caught.value) == (
+        "finetune.backend: Unsloth is not installed: got unsloth; expected an installed backend. "
+        'Install it (pip install "amazon-ft[cuda]") or set finetune.backend=hf finetune.gradient_checkpointing=full.'
+    )
+
+
+def test_a_compile_location_of_the_users_own_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
+    monkeypatch.setenv("UNSLOTH_COMPILE_LOCATION", str(tmp_path))
+    monkeypatch.setenv("UNSLOTH_DISABLE_STATISTICS", "0")
+    import_unsloth()
+    assert os.environ["UNSLOTH_COMPILE_LOCATION"] == str(tmp_path)
+    assert os.environ["UNSLOTH_DISABLE_STATISTICS"] == "1"
+
+
+def test_loading_a_backend_imports_no_library() -> None:
+    code = (
+        "import sys\nfrom tasks.backends import load_backend\n"
+        "[load_backend(name).train for name in ('hf', 'unsloth')]\n"
+        "print(sorted({'torch', 'transformers', 'trl', 'peft', 'unsloth'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert type(load_backend("hf")) is not type(load_backend("unsloth"))
+
+
+# What the machine can do
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, *, bfloat16: bool) -> None:
+    """As if torch saw a GPU, with or without bfloat16."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: bfloat16)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla T4")
+
+
+@pytest.mark.parametrize(("bfloat16", "dtype"), [(True, "bfloat16"), (False, "float16")])
+def test_the_gpu_decides_between_bfloat16_and_float16(monkeypatch: pytest.MonkeyPatch, bfloat16: bool, dtype: str) -> None:
+    on_a_gpu(monkeypatch, bfloat16=bfloat16)
+    resolved = hardware.resolve(FinetuneConfig(backend="hf"), WeightsConfig(), "cuda")
+    assert (resolved.dtype, resolved.optimizer, resolved.device_name) == (dtype, "adamw_8bit", "Tesla T4")
+
+
+def test_bfloat16_on_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch, bfloat16=False)
+    with pytest.raises(ConfigError) as caught:
+        hardware.resolve(FinetuneConfig(backend="hf"), WeightsConfig(dtype="bfloat16"), "cuda")
+    assert str(caught.value) == (
+        "model.dtype: Tesla T4 has no bfloat16: got bfloat16; expected float16 or auto. Set model.dtype=auto."
+    )
+
+
+def test_float16_on_the_cpu_is_refused(model: Model) -> None:
+    with pytest.raises(ConfigError, match=r"^model.dtype: no float16 training on the CPU: got float16; expected auto"):
+        train(model, tiny_tokens(4), dtype="float16")
+
+
+def test_a_training_begun_in_bfloat16_is_not_gone_on_with_in_float16(
+    model: Model, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    changes = {"dtype": "bfloat16", "max_steps": 4, "seed": 5}
+    train(model, tiny_tokens(40), **changes)
+    monkeypatch.setattr("tasks.backends.hardware.resolve_dtype", lambda *_: "float16")
+    with pytest.raises(
+        InputError, match=r"was begun in bfloat16: got CPU, which has none; .* delete the directory to begin anew"
+    ):
+        train(model, tiny_tokens(40), **changes)
+
+
+# Memory
+
+
+def estimated(**changes: Any) -> dict[str, float]:
+    """The estimate for a model of Llama-3-8B's shape."""
+    linear = {"q_proj": (4096, 4096), "k_proj": (4096, 1024), "v_proj": (4096, 1024), "o_proj": (4096, 4096)}
+    linear |= {"gate_proj": (4096, 14336), "up_proj": (4096, 14336), "down_proj": (14336, 4096)}
+    shape = memory.Shape(hidden=4096, layers=32, vocabulary=128_256, tied=False, linear=linear)
+    resolved = hardware.resolve(FinetuneConfig(backend="hf"), WeightsConfig(), "cpu").model_copy(
+        update={"dtype": "bfloat16", "optimizer": "adamw_8bit", "gradient_checkpointing": "unsloth"} | changes
+    )
+    return memory.estimate_gib(shape, FinetuneConfig(), resolved, tokens=2 * 2048)
+
+
+def test_sixteen_bits_take_what_sixteen_bits_take() -> None:
+    assert estimated(load_in_4bit=False)["weights"] == pytest.approx(8_030_000_000 * 2 / 2**30, rel=1e-3)
+
+
+@given(st.sampled_from(["adamw_8bit", "adamw_torch"]), st.booleans())
+def test_less_checkpointing_never_takes_less_memory(optimizer: str, load_in_4bit: bool) -> None:
+    totals = [
+        estimated(optimizer=optimizer, load_in_4bit=load_in_4bit, gradient_checkpointing=how)["total"]
+        for how in ("unsloth", "full", "none")
+    ]
+    assert totals == sorted(totals)
+
+
+def test_a_model_that_is_no_llama_is_not_estimated(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"n_embd": 768}))
+    assert memory.read_shape(tmp_path) is None
+
+
+# Scoring
+
+
+@pytest.fixture
+def request_of(model: Model) -> Callable[..., Request]:
+    """A request to score the adapter of a plain training."""
+
+    def make(**changes: Any) -> Request:
+        fields: dict[str, Any] = {
+            "model": model,
+            "adapter": str(train(model, tiny_tokens(40)).data.path),
+            "dtype": "float32",
+            "load_in_4bit": False,
+            "device": "cpu",
+            "input_ids": ((0, 5, 6, 7, 1), (0, 9, 1)),
+            "labels": ((-100, -100, 6, 7, 1), (-100, 9, 1)),
+            "prompts": (Prompt(uid="u1", text="Kettle", reference="steel"),),
+            "max_new_tokens": 4,
+            "batch_size": 2,
+        }
+        return Request(**fields | changes)
+
+    return make
+
+
+def test_scoring_in_a_process_of_its_own_gives_the_same(
+    request_of: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_of()
+    here = score_here(request)
+    monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
+    monkeypatch.setattr("tasks.backends.scoring.score_here", lambda _: pytest.fail("it was scored in the patched process"))
+    assert score(request) == here
+    assert all(nll > 0 for nll in here.base.nll)
+    assert here.base.nll != here.tuned.nll
+
+
+def test_a_scoring_process_that_ends_early_is_an_error(
+    request_of: Callable[..., Request], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
+    with pytest.raises(
+        PipelineError, match=r"^evaluate: the scoring process ended without a result: got exit code 1; expected 0\.$"
+    ):
+        score(request_of(adapter="/nowhere"))
+    assert "/nowhere" in capfd.readouterr().err
