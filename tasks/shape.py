@@ -79,14 +79,19 @@ def find_shape(backend: Backend, template: Template) -> Shape | None:
 def find_cut(backend: Backend, head: str, trailing: str, before_prompt: str) -> int | None:
     """Where in `before_prompt` the ids stop to depend on what stands before the turn.
 
-    Behind its last special token; else at the first place where all probes agree, for the first turn and the later ones.
+    Behind the last special token; else at the first place where all probes agree, for the first turn and the later ones.
     """
     specials = [match.end() for match in special_pattern(backend).finditer(before_prompt)]
     if specials:
         return specials[-1]
-    if not trailing and special_pattern(backend).fullmatch(head):
+    if _is_closed(backend, head) and _is_closed(backend, trailing):
         return 0
     return next((cut for cut in range(len(before_prompt)) if _cuts(backend, (head, trailing), before_prompt, cut)), None)
+
+
+def _is_closed(backend: Backend, text: str) -> bool:
+    """Whether nothing that follows the text can change its ids."""
+    return not text or any(match.end() == len(text) for match in special_pattern(backend).finditer(text))
 
 
 def _cuts(backend: Backend, befores: Sequence[str], text: str, cut: int) -> bool:
