@@ -55,7 +55,7 @@ def shorten(ids: Ids, learnt: NDArray[np.bool_], max_tokens: int, eos: int) -> t
     last = max_tokens - 1
     if learnt[last] and learnt[last - 1] and ids[last - 1] != eos:
         return np.append(ids[:last], np.int32(eos)), learnt[: last + 1]
-    ended = np.flatnonzero(learnt[:max_tokens] & ~np.append(learnt[1:], False)[:max_tokens])
+    ended = np.flatnonzero(learnt[:max_tokens] & (ids[:max_tokens] == eos))
     end = int(ended[-1]) + 1 if len(ended) else 0
     return ids[:end], learnt[:end]
 

@@ -128,9 +128,7 @@ conversations = st.lists(st.lists(st.tuples(ids, ids), min_size=1, max_size=4), 
 
 
 @given(conversations=conversations, max_tokens=st.integers(2, 20))
-def test_truncated_rows_fit_end_with_eos_and_hold_beginnings_of_the_rows(
-    conversations: list[Conversation], max_tokens: int
-) -> None:
+def test_truncated_rows_fit_and_end_with_eos(conversations: list[Conversation], max_tokens: int) -> None:
     encoded = encode(conversations)
     whole = id_rows(encoded.ids)
     rows, kept, fitting = fitted(encoded, on_overlength="truncate", max_tokens=max_tokens)
