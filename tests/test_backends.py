@@ -164,6 +164,23 @@ def test_without_unsloth_its_recipes_are_refused_with_two_ways_out(model: Model,
     )
 
 
+def test_an_unsloth_that_needs_a_gpu_is_refused_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Unsloth 2026.10.7 and 2026.10.8 answer on a machine without a GPU."""
+    answer = "Unsloth cannot find any torch accelerator? You need a GPU."
+    (tmp_path / "unsloth.py").write_text(f"raise NotImplementedError({answer!r})")
+    (tmp_path / "unsloth-2026.10.7.dist-info").mkdir()
+    (tmp_path / "unsloth-2026.10.7.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: unsloth\nVersion: 2026.10.7\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        import_unsloth()
+    assert str(caught.value) == (
+        f"finetune.backend: Unsloth 2026.10.7 does not run here: got {answer}; expected a GPU, or Unsloth 2026.10.9, which "
+        "trains on a CPU too. Install that, or set finetune.backend=hf finetune.gradient_checkpointing=full."
+    )
+
+
 def test_a_compile_location_of_the_users_own_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
     monkeypatch.setenv("UNSLOTH_COMPILE_LOCATION", str(tmp_path))

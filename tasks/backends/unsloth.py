@@ -6,13 +6,14 @@ Unsloth patches transformers, TRL and PEFT when it is imported, so it is importe
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tasks.backends import Job, Progress
 from tasks.backends.trainer import fit, prints_to_stderr
 from tasks.config import LoraSection
-from tasks.refs import home
+from tasks.refs import ConfigError, home
 
 
 class UnslothBackend:
@@ -58,12 +59,21 @@ def wrap(model: Any, lora: LoraSection, gradient_checkpointing: str) -> Any:
 
 
 def import_unsloth() -> Any:
-    """The library, with its compiled code under AMAZON_FT_HOME, its statistics off and the Hub left alone."""
+    """The library, with its compiled code under AMAZON_FT_HOME, its statistics off and the Hub left alone.
+
+    Raises:
+        ConfigError: without a GPU, for releases before 2026.10.9, the first with a CPU mode.
+    """
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(home() / "unsloth_compiled"))
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import unsloth
-
+    try:
+        import unsloth
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"finetune.backend: Unsloth {version('unsloth')} does not run here: got {error}; expected a GPU, or Unsloth "
+            "2026.10.9, which trains on a CPU too. Install that, or set finetune.backend=hf finetune.gradient_checkpointing=full."
+        ) from error
     return unsloth
 
 
