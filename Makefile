@@ -4,7 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Without an NVIDIA driver, torch's CPU build is preferred where its index can be reached.
-CPU_TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+CPU_TORCH = $(shell command -v nvidia-smi >/dev/null 2>&1 || \
+	! $(PYTHON) -c 'import urllib.request as u; u.urlopen("$(CPU_INDEX)/torch/", timeout=5)' 2>/dev/null || echo --extra-index-url $(CPU_INDEX))
 # Unsloth's own dependency lists pull CUDA packages; on a CPU these alone are enough to run its backend.
 UNSLOTH := unsloth==2026.10.9 unsloth_zoo==2026.10.9 cut_cross_entropy==25.1.1
 

@@ -31,7 +31,7 @@ def stages(entries: list[dict[str, Any]], console: Console) -> None:
     table.add_column("why", overflow="fold")
     before = ""
     for entry in entries:
-        rows = f"{entry['rows']:,}" if "rows" in entry else ""
+        rows = f"{entry['rows']:,}" if entry.get("rows") else ""
         seconds = f"{entry['seconds']:.1f}" if "seconds" in entry else ""
         table.add_row(entry["name"], _styled(entry["state"]), before, rows, seconds, entry["reason"])
         before = rows

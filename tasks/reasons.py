@@ -33,15 +33,24 @@ def changes(where: str, before: Any, now: Any) -> list[str]:
 
     >>> changes("", {"config": {"seed": 1, "rows": 5}}, {"config": {"seed": 2, "rows": 5}})
     ['config.seed 1 -> 2']
+    >>> changes("source", {"files": [{"digest": "a"}]}, {"files": [{"digest": "b"}]})
+    ['source.files[0].digest "a" -> "b"']
     """
     if before == now:
         return []
-    if isinstance(before, dict) and isinstance(now, dict):
-        old, new = cast("dict[str, Any]", before), cast("dict[str, Any]", now)
-        return [
-            line for name in sorted({*old, *new}) for line in changes(f"{where}.{name}".lstrip("."), old.get(name), new.get(name))
-        ]
+    old, new = _parts(before), _parts(now)
+    if old and new:
+        return [line for name in {**old, **new} for line in changes(f"{where}{name}".lstrip("."), old.get(name), new.get(name))]
     return [f"{where} {_short(before)} -> {_short(now)}"]
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    """What a value holds, by the path to it; nothing for a plain value."""
+    if isinstance(value, dict):
+        return {f".{name}": item for name, item in sorted(cast("dict[str, Any]", value).items())}
+    if isinstance(value, list):
+        return {f"[{index}]": item for index, item in enumerate(cast("list[Any]", value))}
+    return {}
 
 
 def _short(value: Any) -> str:
