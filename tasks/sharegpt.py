@@ -22,7 +22,7 @@ from tasks.merged_prompt import Block, merge_columns, parse_merged_prompt
 from tasks.refs import Artifact, Split
 from tasks.stage import stage
 from tasks.store import publish
-from tasks.tables import Gather, batch_ranges, one_batch, read_table, row_lists, write_table
+from tasks.tables import Gather, bounded_ranges, one_batch, read_table, row_lists, text_bytes, write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,7 +61,7 @@ def write_conversations(products: Path, draft: Path, config: SharegptConfig, *, 
     table = read_table(products)
     blocks = parse_merged_prompt(config.merged_prompt, [name for name in table.column_names if name != "uid"])
     write_table(draft / "turns.arrow", _turns_schema(), _turns(table, blocks, config.output_column))
-    gather = Gather(read_table(draft / "turns.arrow"))
+    turns = read_table(draft / "turns.arrow")
     rows = turn_products(table.num_rows, extension=extension, seed=config.seed)
     schema = pa.schema(
         {
@@ -70,7 +70,7 @@ def write_conversations(products: Path, draft: Path, config: SharegptConfig, *, 
             "conversations": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
         }
     )
-    return write_table(draft / "conversations.arrow", schema, _conversations(gather, rows, schema))
+    return write_table(draft / "conversations.arrow", schema, _conversations(turns, rows, schema))
 
 
 def _turns_schema() -> pa.Schema:
@@ -83,20 +83,20 @@ def _turns(products: pa.Table, blocks: Sequence[Block], output_column: str) -> I
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    for start, end in batch_ranges(products.num_rows):
+    for start, end in bounded_ranges(text_bytes(products, "title", "content")):
         batch = one_batch(products.slice(start, end - start))
         columns = [batch["uid"], merge_columns(batch, blocks), pc.fill_null(batch[output_column], "")]
         yield pa.RecordBatch.from_arrays(columns, schema=_turns_schema())
 
 
-def _conversations(gather: Gather, rows: NDArray[np.int32], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _conversations(turns: pa.Table, rows: NDArray[np.int32], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
 
-    width = rows.shape[1]
-    for start, end in batch_ranges(len(rows)):
+    width, gather = rows.shape[1], Gather(turns)
+    for start, end in bounded_ranges(text_bytes(turns, "prompt", "answer")[rows].sum(axis=1)):
         flat = rows[start:end].ravel()
-        turns = gather(flat)
-        columns = [row_lists(turns["uid"], width), row_lists(pa.array(flat), width), conversation_lists(turns, width)]
+        taken = gather(flat)
+        columns = [row_lists(taken["uid"], width), row_lists(pa.array(flat), width), conversation_lists(taken, width)]
         yield pa.RecordBatch.from_arrays(columns, schema=schema)
 
 

@@ -1,6 +1,6 @@
 """Arrow files: read them mapped into memory, write them batch by batch, gather rows from anywhere in them.
 
-Memory is bounded by `BATCH_ROWS`, not by the file: what `read_table` returns are pages of the file itself.
+Memory is bounded by `BATCH_ROWS` and `BATCH_BYTES`, not by the file: what `read_table` returns are pages of the file itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_ROWS = 4096
-"""Rows made, held and written at a time."""
+BATCH_BYTES = 32 * 2**20
+"""Rows, and bytes of text, made, held and written at a time: a batch ends with the row that reaches either."""
 
 Rows = NDArray[np.integer]
 
@@ -49,6 +50,47 @@ def batch_ranges(rows: int, size: int = BATCH_ROWS) -> Iterator[tuple[int, int]]
     [(0, 2), (2, 4), (4, 5)]
     """
     return pairwise([*range(0, rows, size), rows])
+
+
+def bounded_ranges(
+    sizes: NDArray[np.int64], *, max_rows: int = BATCH_ROWS, max_bytes: int = BATCH_BYTES
+) -> Iterator[tuple[int, int]]:
+    """(start, end) of the batches of rows with so many bytes each.
+
+    >>> list(bounded_ranges(np.array([1, 1, 9, 1]), max_rows=3, max_bytes=8))
+    [(0, 3), (3, 4)]
+    """
+    ends, start = np.cumsum(sizes), 0
+    while start < len(ends):
+        before = int(ends[start - 1]) if start else 0
+        filled = int(np.searchsorted(ends, before + max_bytes)) + 1
+        end = min(start + max_rows, filled, len(ends))
+        yield start, end
+        start = end
+
+
+def text_bytes(table: pa.Table, *columns: str) -> NDArray[np.int64]:
+    """How many bytes of text each row has in these columns.
+
+    >>> import pyarrow as pa
+    >>> text_bytes(pa.table({"title": ["a", None], "content": ["é", "bc"]}), "title", "content").tolist()
+    [3, 2]
+    """
+    import pyarrow.compute as pc
+
+    lengths = [pc.fill_null(pc.binary_length(table[name]), 0).to_numpy() for name in columns]
+    return np.array(lengths, np.int64).sum(axis=0)
+
+
+def list_sums(values: NDArray[np.int64], lists: pa.ChunkedArray) -> NDArray[np.int64]:
+    """For each list of row numbers, all of one width, the sum of those rows' values.
+
+    >>> import pyarrow as pa
+    >>> list_sums(np.array([5, 7]), pa.chunked_array([[[0, 1], [1, 1]]])).tolist()
+    [12, 14]
+    """
+    rows = lists.combine_chunks().flatten().to_numpy()
+    return values[rows].reshape(len(lists), len(rows) // max(len(lists), 1)).sum(axis=1)
 
 
 class Gather:
@@ -97,4 +139,7 @@ def row_lists(values: pa.Array, width: int) -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets, values)
 
 
-__all__ = ["BATCH_ROWS", "Gather", "Rows", "batch_ranges", "one_batch", "read_table", "row_lists", "write_table"]
+__all__ = [
+    "BATCH_BYTES", "BATCH_ROWS", "Gather", "Rows", "batch_ranges", "bounded_ranges", "list_sums", "one_batch", "read_table",
+    "row_lists", "text_bytes", "write_table",
+]  # fmt: skip

@@ -25,7 +25,7 @@ from tasks.config import TemplateConfig
 from tasks.refs import Artifact, ConfigError, Special, Split, Texts
 from tasks.stage import stage
 from tasks.store import publish
-from tasks.tables import Gather, batch_ranges, one_batch, read_table, row_lists, write_table
+from tasks.tables import Gather, bounded_ranges, list_sums, one_batch, read_table, row_lists, text_bytes, write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -108,10 +108,10 @@ def write_texts(conversations: Artifact, draft: Path, template: Mapping[str, str
     turns = read_table(conversations / "turns.arrow")
     columns = ("uid", "prompt", "question", "answer")
     write_table(draft / "turns.arrow", pa.schema([(name, pa.string()) for name in columns]), _questioned(turns, config))
-    gather = Gather(read_table(draft / "turns.arrow"))
+    asked = read_table(draft / "turns.arrow")
     table = read_table(conversations / "conversations.arrow").select(["uids", "products"])
     schema = pa.schema({"uids": pa.list_(pa.string()), "products": pa.list_(pa.int32()), "text": pa.string()})
-    return write_table(draft / "texts.arrow", schema, _rendered(table, gather, template, schema))
+    return write_table(draft / "texts.arrow", schema, _rendered(table, asked, template, schema))
 
 
 def _questioned(turns: pa.Table, config: TemplateConfig) -> Iterator[pa.RecordBatch]:
@@ -120,7 +120,7 @@ def _questioned(turns: pa.Table, config: TemplateConfig) -> Iterator[pa.RecordBa
 
     questions = config.questions if config.fill_question else (QUESTION,)
     drawn = pa.array(questions).take(pa.array(draw_questions(turns.num_rows, questions, config.seed)))
-    for start, end in batch_ranges(turns.num_rows):
+    for start, end in bounded_ranges(text_bytes(turns, "prompt", "answer")):
         batch = one_batch(turns.slice(start, end - start))
         yield pa.RecordBatch.from_arrays(
             [batch["uid"], batch["prompt"], drawn.slice(start, end - start), batch["answer"]],
@@ -128,16 +128,19 @@ def _questioned(turns: pa.Table, config: TemplateConfig) -> Iterator[pa.RecordBa
         )
 
 
-def _rendered(table: pa.Table, gather: Gather, template: Mapping[str, str | None], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _rendered(
+    table: pa.Table, turns: pa.Table, template: Mapping[str, str | None], schema: pa.Schema
+) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
 
-    for start, end in batch_ranges(table.num_rows):
+    gather = Gather(turns)
+    for start, end in bounded_ranges(list_sums(text_bytes(turns, "prompt", "answer"), table["products"])):
         batch = one_batch(table.slice(start, end - start))
         rows = batch["products"].flatten().to_numpy()
         width = len(rows) // (end - start)
-        turns = gather(rows)
-        text = join_turns(render_turns(turns, template), width, template)
-        yield pa.RecordBatch.from_arrays([row_lists(turns["uid"], width), row_lists(pa.array(rows), width), text], schema=schema)
+        taken = gather(rows)
+        text = join_turns(render_turns(taken, template), width, template)
+        yield pa.RecordBatch.from_arrays([row_lists(taken["uid"], width), row_lists(pa.array(rows), width), text], schema=schema)
 
 
 def _render(conversations: Artifact, template: Mapping[str, str | None], config: TemplateConfig) -> Artifact:

@@ -29,7 +29,7 @@ from tasks.shape import Template
 from tasks.stage import stage
 from tasks.store import publish
 from tasks.stream import in_order
-from tasks.tables import BATCH_ROWS, Gather, batch_ranges, one_batch, read_table, write_table
+from tasks.tables import Gather, bounded_ranges, list_sums, one_batch, read_table, text_bytes, write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """The label of what is not learnt; torch's cross entropy leaves it out."""
+MAX_ROWS, MAX_BYTES = 1024, 8 * 2**20
+"""Conversations, and bytes of their text, encoded and written at a time: words, ids and labels are many times their text."""
 SAMPLE_ROWS = 64
 """Conversations on which the fast way is compared with encoding the whole text."""
 
@@ -71,9 +73,10 @@ def _schema() -> pa.Schema:
 class Stream:
     """The batches of tokens.arrow, and the tally of what they went through."""
 
-    def __init__(self, table: pa.Table, assemble: Assembler, method: Method) -> None:
+    def __init__(self, conversations: pa.Table, sizes: NDArray[np.int64], assemble: Assembler, method: Method) -> None:
         self.tally = Tally()
-        self._table = table
+        self._conversations = conversations
+        self._ranges = bounded_ranges(list_sums(sizes, conversations["products"]), max_rows=MAX_ROWS, max_bytes=MAX_BYTES)
         self._assemble = assemble
         self._config = method.config
         bos, eos = method.template["bos"], method.template["eos"]
@@ -81,8 +84,7 @@ class Stream:
         self._eos = special_id(method.backend, eos)
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
-        ranges = batch_ranges(self._table.num_rows, BATCH_ROWS // 4)
-        for uids, encoded in in_order(self._encoded, ranges):
+        for uids, encoded in in_order(self._encoded, self._ranges):
             lengths = np.diff(to_ids(encoded.ids)[1])
             self.tally.rows += len(uids)
             self.tally.longest = max(self.tally.longest, int(lengths.max(initial=0)))
@@ -93,7 +95,7 @@ class Stream:
             yield _batch(fitting, uids if len(kept) == len(uids) else uids.take(kept), self._config, self.tally)
 
     def _encoded(self, span: tuple[int, int]) -> tuple[pa.ListArray, Encoded]:
-        batch = one_batch(self._table.slice(span[0], span[1] - span[0]))
+        batch = one_batch(self._conversations.slice(span[0], span[1] - span[0]))
         products = batch["products"].flatten().to_numpy()
         return batch["uids"], self._assemble(products, len(products) // batch.num_rows)
 
@@ -109,24 +111,23 @@ class Method:
 
     def write(self, texts: Artifact, draft: Path) -> Tally:
         """tokens.arrow (tasks/refs.py) of texts; the turns' bodies lie in a scratch file meanwhile."""
-        gather = Gather(read_table(texts / "turns.arrow"))
-        scratch = draft / "bodies.arrow"
-        assemble = self._by_wholes(gather) if self.turns is None else self._by_turns(self.turns, texts, scratch)
-        stream = Stream(read_table(texts / "texts.arrow").select(["uids", "products"]), assemble, self)
+        turns, scratch = read_table(texts / "turns.arrow"), draft / "bodies.arrow"
+        sizes = text_bytes(turns, "prompt", "answer")
+        assemble = self._by_wholes(turns) if self.turns is None else self._by_turns(self.turns, turns, sizes, scratch)
+        stream = Stream(read_table(texts / "texts.arrow").select(["uids", "products"]), sizes, assemble, self)
         write_table(draft / "tokens.arrow", _schema(), stream)
         scratch.unlink(missing_ok=True)
         return stream.tally
 
-    def _by_turns(self, encoder: TurnEncoder, texts: Artifact, scratch: Path) -> Assembler:
+    def _by_turns(self, encoder: TurnEncoder, turns: pa.Table, sizes: NDArray[np.int64], scratch: Path) -> Assembler:
         import pyarrow as pa
 
         def encode(span: tuple[int, int]) -> pa.RecordBatch:
             bodies = encoder.encode(one_batch(turns.slice(span[0], span[1] - span[0])))
             return pa.RecordBatch.from_arrays([bodies.ids, pa.array(bodies.unlearnt)], schema=schema)
 
-        turns = read_table(texts / "turns.arrow")
         schema = pa.schema({"ids": pa.large_binary(), "unlearnt": pa.int64()})
-        write_table(scratch, schema, in_order(encode, batch_ranges(turns.num_rows)))
+        write_table(scratch, schema, in_order(encode, bounded_ranges(sizes, max_bytes=MAX_BYTES)))
         gather = Gather(read_table(scratch))
 
         def assemble(products: NDArray[np.integer], width: int) -> Encoded:
@@ -135,12 +136,14 @@ class Method:
 
         return assemble
 
-    def _by_wholes(self, gather: Gather) -> Assembler:
+    def _by_wholes(self, turns: pa.Table) -> Assembler:
+        gather = Gather(turns)
+
         def assemble(products: NDArray[np.integer], width: int) -> Encoded:
-            turns = gather(products)
+            taken = gather(products)
             if self.config.special_tokens_in_products == "text":
-                refuse_specials(self.backend, turns)
-            return encode_whole(self.backend, turns, width, self.template)
+                refuse_specials(self.backend, taken)
+            return encode_whole(self.backend, taken, width, self.template)
 
         return assemble
 

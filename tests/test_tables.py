@@ -11,7 +11,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.tables import Gather, batch_ranges, one_batch, read_table, row_lists, write_table
+from tasks.tables import Gather, batch_ranges, bounded_ranges, one_batch, read_table, row_lists, write_table
 
 SCHEMA = pa.schema({"uid": pa.string(), "number": pa.int64()})
 
@@ -65,6 +65,16 @@ def test_ranges_cover_every_row_once(rows: int, size: int) -> None:
     ranges = list(batch_ranges(rows, size))
     assert [row for start, end in ranges for row in range(start, end)] == list(range(rows))
     assert all(0 < end - start <= size for start, end in ranges)
+
+
+@given(sizes=st.lists(st.integers(0, 50), max_size=40), max_rows=st.integers(1, 10), max_bytes=st.integers(1, 100))
+def test_bounded_ranges_end_with_the_row_that_reaches_a_limit(sizes: list[int], max_rows: int, max_bytes: int) -> None:
+    ranges = list(bounded_ranges(np.array(sizes, np.int64), max_rows=max_rows, max_bytes=max_bytes))
+    assert [row for start, end in ranges for row in range(start, end)] == list(range(len(sizes)))
+    for start, end in ranges:
+        assert end - start <= max_rows
+        assert sum(sizes[start : end - 1]) < max_bytes
+        assert end == len(sizes) or end - start == max_rows or sum(sizes[start:end]) >= max_bytes
 
 
 def test_a_table_of_many_batches_becomes_one() -> None:
