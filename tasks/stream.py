@@ -9,19 +9,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tasks.tables import one_batch
+from tasks.tables import BATCH_BYTES, BATCH_ROWS, one_batch, text_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-BATCH_ROWS = 4096
-BATCH_BYTES = 32 * 2**20
-"""A batch ends with the row that reaches either."""
 
 
 def in_order(work: Callable[[T], R], items: Iterable[T]) -> Generator[R]:
@@ -64,7 +59,7 @@ def fixed_batches(
 
     pending, rows, size = list[pa.Table](), 0, 0
     for table in tables:
-        ends, start = np.cumsum(_row_bytes(table)), 0
+        ends, start = np.cumsum(text_bytes(table, *table.column_names)), 0
         while start < table.num_rows:
             before = int(ends[start - 1]) if start else 0
             filled = int(np.searchsorted(ends, before + max_bytes - size)) + 1
@@ -76,13 +71,6 @@ def fixed_batches(
                 pending, rows, size = [], 0, 0
     if pending:
         yield one_batch(pa.concat_tables(pending))
-
-
-def _row_bytes(table: pa.Table) -> NDArray[np.int64]:
-    from pyarrow import compute
-
-    lengths = [compute.call_function("binary_length", [column]).to_numpy() for column in table.columns]
-    return np.array(lengths, np.int64).sum(axis=0)
 
 
 __all__ = ["fixed_batches", "in_order"]

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tasks.assemble import TurnEncoder, choose_encoder, encode_whole, refuse_specials, without_specials
 from tasks.chat_template import parse_template
 from tasks.config import CHAT_TEMPLATE, QUESTIONS, TemplateConfig
-from tasks.encode import Encoded, load_tokenizer
+from tasks.encode import BatchEncoder, Encoded, load_tokenizer
 from tasks.refs import InputError, Special
 from tasks.shape import find_cut, find_shape
 from tasks.template import describe_template, join_turns, render_turns
@@ -192,6 +192,21 @@ def test_a_template_without_a_safe_cut_has_no_shape() -> None:
     template = {**described(), "preamble": "T: cor", "before_prompt": "azul"}
     assert find_shape(merging_tokenizer(), template) is None
     assert choose_encoder(merging_tokenizer(), batch_of([("a", "b", "c")]), 1, template, plain=False) is None
+
+
+def test_a_fast_encoder_with_other_ids_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, turns = make_tiny_tokenizer(), batch_of([("Caneca corazul", "", "Blue")])
+    monkeypatch.setattr("tasks.assemble.make_encoder", lambda _, plain: BatchEncoder(merging_tokenizer(), plain=plain))
+    encoder = choose_encoder(backend, turns, 1, described(), plain=False)
+    assert encoder is not None
+    assert encoder.join(encoder.encode(turns), 1).ids.equals(encode_whole(backend, turns, 1, described()).ids)
+
+
+def test_an_eos_that_eats_the_space_behind_it_leaves_no_fast_way() -> None:
+    backend = make_tiny_tokenizer()
+    backend.add_special_tokens([AddedToken(EOS, rstrip=True, normalized=False, special=True)])
+    turns = batch_of([("Tutu", "What?", "Blue"), ("Mug", "What?", "Red")])
+    assert choose_encoder(backend, turns, 2, described(), plain=False) is None
 
 
 def test_real_products_with_llama3(shared: Path, llama3: Path) -> None:
