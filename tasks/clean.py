@@ -22,6 +22,8 @@ UNDEFINED_1252 = (0x81, 0x8D, 0x8F, 0x90, 0x9D)
 WINDOWS_1252 = {chr(code): bytes([code]).decode("cp1252") for code in range(0x80, 0xA0) if code not in UNDEFINED_1252}
 C1_LEAD = b"\xc2"
 """First byte of U+0080 to U+00BF in UTF-8."""
+INK = r"[^\s\x1c-\x1f]"
+"""Anything but white space, as Python's str.isspace has it."""
 MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -74,7 +76,7 @@ def drop_empty(frame: pl.DataFrame, config: IngestConfig) -> tuple[pl.DataFrame,
     dropped: dict[str, int] = {}
     for name, wanted in (("title", config.drop_empty_title), ("content", config.drop_empty_content)):
         if wanted:
-            kept = frame.filter(frame[name].str.strip_chars() != "")
+            kept = frame.filter(frame[name].str.contains(INK))
             dropped[f"empty {name}"] = frame.height - kept.height
             frame = kept
     return frame, dropped

@@ -88,10 +88,10 @@ class Tally:
         what = f"{file} line {reject.line}: {reject.reason}"
         if self.config.on_bad_row == "fail":
             raise InputError(f"{what}. Set ingest.on_bad_row=quarantine to set such rows aside.")
-        if self.file is None:
+        if self.draft is None or self.file is None:
             self.draft = self.stack.enter_context(publish("rejects"))
             self.file = self.stack.enter_context((self.draft / "rejects.jsonl").open("w", encoding="utf-8"))
-        self.rejected += 1
+        self.rejected = self.draft.rows = self.rejected + 1
         self.examples += [what] if len(self.examples) < EXAMPLES else []
         json.dump(
             {"file": file, "line": reject.line, "reason": reject.reason} | _as_json(reject.raw), self.file, ensure_ascii=False

@@ -6,7 +6,7 @@ which every line is well-formed. A line is RFC 8259 JSON in UTF-8: an object tha
     blank line (space, tab, CR)        counted, not rejected
     CR before LF, spaces around {}     accepted
     further keys                       ignored, whatever they hold and however deep
-    a key given twice                  the last one counts
+    a key given twice                  the last one counts; malformed on a line that is too deep for Python's parser
     NaN, Inf, Infinity in further keys accepted, as Python writes them
     control characters in strings      malformed
     half a surrogate pair              rejected in the three fields

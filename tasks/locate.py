@@ -15,7 +15,7 @@ from uuid import uuid4
 from tasks.files import file_digest, space_checked
 from tasks.refs import InputError, Source, SourceFile, home
 
-URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+(://|::)")
+URL = re.compile(r"^(?!file://)[A-Za-z][A-Za-z0-9+.-]+(://|::)")
 KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a named pipe",

@@ -21,7 +21,8 @@ from tasks.refs import InputError
 
 BOM = b"\xef\xbb\xbf"
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-ZIP_MAGIC = b"PK\x03\x04"
+ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")
+"""Of an archive with members, and without."""
 DATA_NAME = re.compile(r"\.jsonl?(\.gz|\.zst)?$", re.IGNORECASE)
 MEMBER = re.compile(r"trn\.json(\.gz|\.zst)?$", re.IGNORECASE)
 """The distributed LF-Amazon-1.3M.raw.zip holds the training data under this name, beside the test data."""
@@ -117,7 +118,7 @@ def _skip_line(stream: Stream, length: int) -> tuple[bytes, int]:
 def _unpacked(raw: IO[bytes], path: Path, max_inflation: int) -> Generator[Stream]:
     head = raw.read(4)
     raw.seek(0)
-    if head != ZIP_MAGIC:
+    if head not in ZIP_MAGIC:
         with _decompressed(raw, path, max_inflation) as stream:
             yield stream
         return

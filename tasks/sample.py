@@ -115,17 +115,19 @@ def draw(
 
 def equal_rows(table: pa.Table, texts: Collection[Text]) -> Iterator[tuple[int, Text]]:
     """Rows whose normalised title and content are among the texts, each with its text."""
+    import pyarrow as pa
+
     titles, start = {title for title, _ in texts}, 0
     for batch in table.to_batches() if texts else ():
         rows = _maybe_titled(batch["title"], titles)
-        for row, title in zip(rows, batch["title"].take(rows).to_pylist(), strict=True):
+        for row, title in zip(rows.tolist(), batch["title"].take(pa.array(rows)).to_pylist(), strict=True):
             normal = normalised(title)
             if normal in titles and (text := (normal, normalised(batch["content"][row].as_py()))) in texts:
                 yield start + row, text
         start += batch.num_rows
 
 
-def _maybe_titled(titles: pa.StringArray, wanted: Collection[str]) -> list[int]:
+def _maybe_titled(titles: pa.StringArray, wanted: Collection[str]) -> Rows:
     """Row numbers of the titles that may be among the wanted ones once normalised.
 
     A regular ASCII title only needs its case folded; the others are for the caller to look at.
@@ -135,7 +137,7 @@ def _maybe_titled(titles: pa.StringArray, wanted: Collection[str]) -> list[int]:
     title = pl.Series(titles)
     ends = title.str.starts_with(" ") | title.str.ends_with(" ")
     regular = (title.str.len_bytes() == title.str.len_chars()) & ~ends & ~title.str.contains_any(list(IRREGULAR))
-    return (~regular | title.str.to_lowercase().is_in(list(wanted))).arg_true().to_list()
+    return (~regular | title.str.to_lowercase().is_in(list(wanted))).arg_true().to_numpy()
 
 
 def _texts(batch: pa.RecordBatch) -> Iterator[Text]:

@@ -63,6 +63,8 @@ class Measured:
     """`ours` or `document`."""
     turns: int
     seconds: float
+    cpu_seconds: float
+    """Of all cores."""
     peak_rss_bytes: int
     peak_anonymous_bytes: int
     steps: dict[str, float]
@@ -108,13 +110,14 @@ def measure(bench: Bench, side: str, turns: int) -> Measured:
         scratch = Path(name)
         cost = run(bench.command(side, turns, scratch), scratch, os.environ | {"AMAZON_FT_HOME": str(scratch / "home")})
     steps = json.loads(cost.output.splitlines()[-1])
-    return Measured(side, turns, round(cost.seconds, 2), cost.peak_rss_bytes, cost.peak_anonymous_bytes, steps, round(load, 1))
+    seconds = (round(cost.seconds, 2), round(cost.cpu_seconds, 2))
+    return Measured(side, turns, *seconds, cost.peak_rss_bytes, cost.peak_anonymous_bytes, steps, round(load, 1))
 
 
 def ratios(measured: list[Measured]) -> dict[str, float]:
     """{turns: how many times as fast as the document's code}, of the medians.
 
-    >>> ratios([Measured("ours", 1, 2.0, 0, 0, {}, 0), Measured("document", 1, 9.0, 0, 0, {}, 0)])
+    >>> ratios([Measured("ours", 1, 2.0, 0, 0, 0, {}, 0), Measured("document", 1, 9.0, 0, 0, 0, {}, 0)])
     {'1': 4.5}
     """
     found = dict[str, float]()
@@ -155,7 +158,8 @@ def _versions() -> dict[str, str]:
 
 def _line(entry: Measured) -> str:
     steps = ", ".join(f"{name} {seconds:.1f}" for name, seconds in entry.steps.items())
-    return f"{entry.side}, {entry.turns} turn{'s' * (entry.turns > 1)}: {entry.seconds:.1f} s ({steps})"
+    took = f"{entry.seconds:.1f} s, {entry.cpu_seconds:.1f} s of all cores"
+    return f"{entry.side}, {entry.turns} turn{'s' * (entry.turns > 1)}: {took} ({steps})"
 
 
 def _table(measured: list[Measured], rows: int, size: int) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import threading
@@ -22,6 +23,8 @@ class Cost(NamedTuple):
     """What a process tree took; memory is sampled, and is the largest sum over the tree."""
 
     seconds: float
+    cpu_seconds: float
+    """Of all cores; tells more than `seconds` does where other work is going on."""
     peak_rss_bytes: int
     """Pages of mapped files included, which the kernel takes back when it needs them."""
     peak_anonymous_bytes: int
@@ -34,7 +37,7 @@ def run(command: list[str], directory: Path, environment: Mapping[str, str]) -> 
     Raises:
         PipelineError: with the end of its log, when it fails.
     """
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), _cpu_seconds()
     process = subprocess.Popen(
         command, cwd=directory, env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -48,7 +51,13 @@ def run(command: list[str], directory: Path, environment: Mapping[str, str]) -> 
         watcher.join()
     if process.returncode:
         raise PipelineError(f"{' '.join(command)}: exit code {process.returncode}; expected 0.\n{log[-2000:]}")
-    return Cost(time.perf_counter() - started, peaks["VmRSS"], peaks["RssAnon"], output)
+    return Cost(time.perf_counter() - started, _cpu_seconds() - cpu_started, peaks["VmRSS"], peaks["RssAnon"], output)
+
+
+def _cpu_seconds() -> float:
+    """Of all children that have ended, and theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _watch(pid: int, ended: threading.Event, peaks: dict[str, int]) -> None:
