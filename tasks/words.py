@@ -9,6 +9,8 @@ the characters on which both regex engines agree; all other texts go through the
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Callable
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -40,21 +42,62 @@ _AGREED = ((0x00, 0x17E), (0x180, 0x52F), (0x2000, 0x206F), (0x20A0, 0x20BF), (0
 """Code points whose class is old enough to be the same in every regex engine; checked when an encoder is made."""
 
 
+MAX_WORDS = 1 << 20
+"""Words remembered at a time, some 100 bytes each: real text never stops bringing new ones."""
+
+
+class Dictionary:
+    """The ids of the words met so far, each encoded once."""
+
+    def __init__(self, encode: Callable[[list[str]], pa.LargeBinaryArray]) -> None:
+        import polars as pl
+
+        self._encode = encode
+        self._numbers = pl.Categorical(pl.Categories.random())
+        self._numbered = pl.Series([""], dtype=self._numbers)  # the numbers live as long as a series that has them
+        self._slots = np.full(1 << 16, -1, np.int32)
+        self._known = from_ids(np.zeros(0, np.int32), np.zeros(1, np.int64))
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def look_up(self, words: pl.Series) -> pa.LargeBinaryArray:
+        """The ids of each word."""
+        import pyarrow as pa
+
+        numbers = words.cast(self._numbers).to_physical().to_numpy()
+        with self._lock:
+            self._learn(words, numbers)
+            known, slots = self._known, self._slots[numbers]
+        return known.take(pa.array(slots))
+
+    def _learn(self, words: pl.Series, numbers: NDArray[np.uint32]) -> None:
+        """Encode the words that were not met before."""
+        import pyarrow as pa
+
+        top = int(numbers.max(initial=0))
+        if top >= len(self._slots):
+            self._slots = np.concatenate([self._slots, np.full(2 * top, -1, np.int32)])
+        unknown = np.flatnonzero(self._slots[numbers] < 0)
+        if not len(unknown):
+            return
+        new, first = np.unique(numbers[unknown], return_index=True)
+        encoded = self._encode(words.gather(unknown[first]).to_list())
+        self._slots[new] = np.arange(len(self._known), len(self._known) + len(new))
+        self._known = pa.concat_arrays([self._known, encoded])
+
+
 class WordEncoder(BatchEncoder):
     """Encodes each distinct word once; the rest as `BatchEncoder`."""
 
     def __init__(self, backend: Backend, *, plain: bool, pattern: str) -> None:
-        import polars as pl
-
         super().__init__(backend, plain=plain)
         self._run = RUNS[pattern]
         self._word = _markless(pattern)
         added = backend.get_added_tokens_decoder().values()
         self._added = [token.content for token in added if not (plain and token.special)]
-        self._numbers = pl.Categorical(pl.Categories.random())
-        self._numbered = pl.Series([""], dtype=self._numbers)  # the numbers live as long as a series that has them
-        self._slots = np.full(1 << 16, -1, np.int32)
-        self._known: pa.LargeBinaryArray = from_ids(np.zeros(0, np.int32), np.zeros(1, np.int64))
+        self._dictionary = Dictionary(self.encode_list)
 
     def encode(self, texts: pa.Array) -> pa.LargeBinaryArray:
         """The ids of each text, nothing added."""
@@ -72,14 +115,11 @@ class WordEncoder(BatchEncoder):
         return pa.concat_arrays(both).take(pa.array(back))
 
     def _encode_words(self, texts: pl.Series) -> pa.LargeBinaryArray:
-        import pyarrow as pa
-
         words, counts = self.split(texts)
-        numbers = words.cast(self._numbers).to_physical().to_numpy()
-        with self._lock:
-            self._learn(words, numbers)
-            known, slots = self._known, self._slots[numbers]
-        flat, ends = to_ids(known.take(pa.array(slots)))
+        dictionary = self._dictionary
+        flat, ends = to_ids(dictionary.look_up(words))
+        if len(dictionary) > MAX_WORDS:
+            self._dictionary = Dictionary(self.encode_list)
         return from_ids(flat, ends[np.concatenate([[0], np.cumsum(counts)])])
 
     def split(self, texts: pl.Series) -> tuple[pl.Series, NDArray[np.int64]]:
@@ -92,21 +132,6 @@ class WordEncoder(BatchEncoder):
         )
         words = texts.to_frame("text").select(marked.str.extract_all(self._word)).to_series()
         return words.explode().drop_nulls(), words.list.len().to_numpy().astype(np.int64)
-
-    def _learn(self, words: pl.Series, numbers: NDArray[np.uint32]) -> None:
-        """Encode the words that were not met before."""
-        import pyarrow as pa
-
-        top = int(numbers.max(initial=0))
-        if top >= len(self._slots):
-            self._slots = np.concatenate([self._slots, np.full(2 * top, -1, np.int32)])
-        unknown = np.flatnonzero(self._slots[numbers] < 0)
-        if not len(unknown):
-            return
-        new, first = np.unique(numbers[unknown], return_index=True)
-        encoded = self.encode_list(words.gather(unknown[first]).to_list())
-        self._slots[new] = np.arange(len(self._known), len(self._known) + len(new))
-        self._known = pa.concat_arrays([self._known, encoded])
 
 
 def _markless(pattern: str) -> str:

@@ -8,6 +8,8 @@ import random
 import sys
 import unicodedata
 from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -139,9 +141,9 @@ def _known() -> tuple[BatchEncoder, Tokenizer]:
     ],
     ids=["normalizer", "prefix space", "other splitter", "other pattern", "dropout"],
 )
-def test_a_tokenizer_that_does_more_encodes_with_its_own_loop(change: object) -> None:
+def test_a_tokenizer_that_does_more_encodes_with_its_own_loop(change: Callable[[Tokenizer], None]) -> None:
     backend = make_tiny_tokenizer()
-    change(backend)  # pyright: ignore[reportCallIssue]
+    change(backend)
     assert type(make_encoder(backend, plain=False)) is BatchEncoder
 
 
@@ -162,3 +164,26 @@ def test_words_are_counted_per_text() -> None:
     words, counts = encoder.split(pl.Series(["a  b", "", "don't 12"]))
     assert words.to_list() == ["a", " ", " b", "don", "'t", " 12"]
     assert np.array_equal(counts, [3, 0, 3])
+
+
+def test_a_full_dictionary_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.words.MAX_WORDS", 50)
+    backend = make_tiny_tokenizer()
+    encoder = make_encoder(backend, plain=False)
+    for start in range(0, 200, 20):
+        texts = [f"word{number} {number * 7919} shared" for number in range(start, start + 20)]
+        assert id_rows(encoder.encode(pa.array(texts))) == [
+            row.ids for row in backend.encode_batch(texts, add_special_tokens=False)
+        ]
+        assert isinstance(encoder, WordEncoder)
+        assert len(encoder._dictionary) <= 50
+
+
+def test_texts_encoded_by_several_threads_keep_their_ids() -> None:
+    backend = make_tiny_tokenizer()
+    encoder = make_encoder(backend, plain=True)
+    batches = [fuzz_texts(50, seed) for seed in range(24)]
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda texts: id_rows(encoder.encode(pa.array(texts))), batches))
+    backend.encode_special_tokens = True
+    assert made == [[row.ids for row in backend.encode_batch(texts, add_special_tokens=False)] for texts in batches]
