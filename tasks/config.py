@@ -186,7 +186,7 @@ class LoraSection(Section):
 class FinetuneConfig(Section):
     """LoRA training (document items 8 and 9)."""
 
-    backend: Literal["hf", "unsloth"] = "unsloth"
+    backend: Literal["fast", "hf", "unsloth"] = "unsloth"
     lora: LoraSection = LoraSection()
     epochs: float = Field(default=3.0, gt=0)
     """Used when max_steps is null."""
@@ -201,7 +201,11 @@ class FinetuneConfig(Section):
     optimizer: Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused"] = "adamw_8bit"
     weight_decay: float = Field(default=0.01, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    gradient_checkpointing: Literal["unsloth", "full", "none"] = "unsloth"
+    gradient_checkpointing: Literal["unsloth", "full", "none", "auto"] = "unsloth"
+    """`auto` (backend fast): none where the free memory allows, else full."""
+    frozen_weights: Literal["auto", "plain", "fp8", "nf4"] = "auto"
+    """Backend fast: how the base model's matrices lie in memory. `plain`: in the compute type; `fp8`: rowwise e4m3, from
+    compute capability 8.9; `auto`: the fastest that the GPU has and that fits."""
     seed: Seed = 3407
     logging_steps: int = Field(default=10, ge=1)
     save_steps: int = Field(default=100, ge=1)
@@ -286,7 +290,19 @@ class Recipe(Section):
             ),
             (
                 self.pack is not None and tune.backend == "unsloth",
-                "pack needs finetune.backend=hf: Unsloth trains pre-tokenized packs with padding, which undoes them",
+                "pack needs finetune.backend=fast or hf: Unsloth trains pre-tokenized packs with padding, which undoes them",
+            ),
+            (
+                tune.backend != "fast" and (tune.gradient_checkpointing == "auto" or tune.frozen_weights != "auto"),
+                "finetune.gradient_checkpointing=auto and finetune.frozen_weights need finetune.backend=fast",
+            ),
+            (
+                tune.backend == "fast" and self.model.load_in_4bit,
+                "model.load_in_4bit needs another backend than fast, which goes by finetune.frozen_weights; set it to false",
+            ),
+            (
+                tune.backend == "fast" and (tune.lora.dropout > 0 or tune.lora.bias != "none"),
+                "finetune.backend=fast trains without finetune.lora.dropout and finetune.lora.bias; set 0 and none, or use hf",
             ),
             (
                 tune.gradient_checkpointing == "unsloth" and tune.backend != "unsloth",

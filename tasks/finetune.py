@@ -84,7 +84,12 @@ def _prepare(model: Model, batches: Artifact, config: FinetuneConfig, weights: W
     shape, free = memory.read_shape(Path(model.path)), hardware.free_gib(device)
     if shape is None:
         return resolved
-    estimate = memory.estimate_gib(shape, config, resolved, config.batch_size * _longest_row(_rows(batches)))
+    tokens = config.batch_size * _longest_row(_rows(batches))
+    if config.backend == "fast":
+        from tasks.backends import choice
+
+        resolved = choice.choose(config, resolved, shape, tokens, free)
+    estimate = resolved.estimated_gib or memory.estimate_gib(shape, config, resolved, tokens)
     if free is not None:
         memory.check_memory(estimate, free, config)
     return resolved.model_copy(update={"estimated_gib": estimate, "free_gib": free})

@@ -31,7 +31,7 @@ MACHINERY = ("files", "identity", "locks", "runs", "store", "reasons", "engine",
 OUTSIDE = frozenset(f"tasks.{name}" for name in ("config", "refs", *MACHINERY, "report", "backends.progress"))
 """Config counts by value; report and progress only tell; FORMAT_VERSION stands for the rest."""
 
-BACKENDS = frozenset({"tasks.backends.hf", "tasks.backends.unsloth"})
+BACKENDS = frozenset({"tasks.backends.fast", "tasks.backends.hf", "tasks.backends.unsloth"})
 """Of these only the chosen one counts, named among the roots by its stage, and what it imports."""
 
 

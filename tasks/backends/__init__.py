@@ -1,6 +1,7 @@
 """What trains: one Protocol, one module a library.
 
     hf.py, unsloth.py     load the base model and wrap it in an adapter, each with its library
+    fast.py               the same model on packs, as fast as a GPU allows: packed.py, frozen.py, linear_loss.py, choice.py
     trainer.py            the training loop that both share: TRL's SFTTrainer, watched
     watch.py              per-step losses, divergence, reports
     checkpoints.py        intact or not
@@ -33,6 +34,8 @@ class Resolved(Value):
     device: str
     device_name: str
     versions: dict[str, str]
+    frozen_weights: Literal["plain", "fp8", "nf4"] = "plain"
+    """How the fast backend holds the base model's matrices."""
     estimated_gib: dict[str, float] | None = None
     """Weights, adapter, optimizer, activations and their total, estimated before loading."""
     free_gib: float | None = None
@@ -94,8 +97,12 @@ class Backend(Protocol):
         ...
 
 
-def load_backend(name: Literal["hf", "unsloth"]) -> Backend:
+def load_backend(name: Literal["fast", "hf", "unsloth"]) -> Backend:
     """The backend of that name; its library is imported when it trains."""
+    if name == "fast":
+        from tasks.backends import fast
+
+        return fast.FastBackend()
     if name == "hf":
         from tasks.backends import hf
 

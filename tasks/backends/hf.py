@@ -33,11 +33,18 @@ def settings(job: Job) -> dict[str, Any]:
 
 def wrap(model: Any, lora: LoraSection) -> Any:
     """The base model with a fresh adapter; the adapter's start depends on lora.random_state alone."""
-    import torch
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import prepare_model_for_kbit_training
 
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return add_adapter(model, lora)
+
+
+def add_adapter(model: Any, lora: LoraSection) -> Any:
+    """PEFT's wrapper with a fresh adapter around a model as it is."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(lora.random_state)
     return get_peft_model(
         model,

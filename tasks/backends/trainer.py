@@ -27,14 +27,22 @@ logger = logging.getLogger(__name__)
 
 
 def fit(job: Job, model: Any, tokenizer: Any, progress: Progress, settings: dict[str, Any]) -> float:
-    """Train the wrapped model; return the peak of memory in GiB.
+    """Train the wrapped model with TRL; return the peak of memory in GiB.
 
     `settings` are the arguments of SFTConfig in which the backends differ.
 
     Raises:
         DivergedError: naming the step and the uids of its rows.
     """
-    trainer = make_trainer(job, model, tokenizer, settings)
+    return run(job, make_trainer(job, model, tokenizer, settings), progress)
+
+
+def run(job: Job, trainer: Any, progress: Progress) -> float:
+    """Let a transformers.Trainer train, watched, sealed and resumable; return the peak of memory in GiB.
+
+    Raises:
+        DivergedError: naming the step and the uids of its rows.
+    """
     rewind_log(job.work / LOG, step_of(job.resume) if job.resume else 0)
     watch = Watch(
         log=job.work / LOG,
@@ -205,4 +213,4 @@ def prints_to_stderr() -> Generator[None]:
         yield
 
 
-__all__ = ["fit", "make_trainer", "planned_steps", "prints_to_stderr", "read_rows", "rows_of_step", "sft_arguments"]
+__all__ = ["fit", "make_trainer", "planned_steps", "prints_to_stderr", "read_rows", "rows_of_step", "run", "sft_arguments"]

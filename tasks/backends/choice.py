@@ -1,0 +1,91 @@
+"""How the fast backend holds the base model on the GPU at hand, and whether it keeps activations: the fastest that fits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from itertools import product
+from typing import Literal
+
+from tasks.backends import Resolved
+from tasks.backends.memory import Shape, estimate_gib
+from tasks.config import FinetuneConfig
+from tasks.refs import ConfigError
+
+logger = logging.getLogger(__name__)
+
+Held = Literal["plain", "fp8", "nf4"]
+Checkpointing = Literal["none", "full"]
+
+FP8_CAPABILITY = (8, 9)
+"""The first GPUs with fp8 matrix products (Ada). Source: CUDA's compute capability tables."""
+KEPT = 1.45
+"""Activations over the least estimate: Llama-3-8B, 8,192 tokens, took 38.5 GiB where memory.py says 26.6 (tests/bench/LOG.md)."""
+USABLE = 0.95
+"""Share of the free memory to plan with; the rest goes to fragments."""
+
+
+def choose(config: FinetuneConfig, resolved: Resolved, shape: Shape, tokens: int, free_gib: float | None) -> Resolved:
+    """The fastest of the wanted ways whose estimate fits into the free memory; the leanest where none does.
+
+    Raises:
+        ConfigError: for fp8 on a GPU without it.
+    """
+    capability = compute_capability(resolved.device)
+    if config.frozen_weights == "fp8" and capability < FP8_CAPABILITY:
+        raise ConfigError(
+            f"finetune.frozen_weights: {resolved.device_name} has no fp8: got fp8; expected auto, plain or nf4. "
+            "Set finetune.frozen_weights=auto."
+        )
+    chosen = resolved
+    for held, checkpointing in ways(config, capability):
+        chosen = resolved.model_copy(
+            update={"frozen_weights": held, "load_in_4bit": held == "nf4", "gradient_checkpointing": checkpointing}
+        )
+        chosen = chosen.model_copy(update={"estimated_gib": _estimate(shape, config, chosen, tokens), "free_gib": free_gib})
+        if free_gib is None or chosen.estimated_gib["total"] <= USABLE * free_gib:  # pyright: ignore[reportOptionalSubscript]
+            break
+    _tell(chosen)
+    return chosen
+
+
+def ways(config: FinetuneConfig, capability: tuple[int, int]) -> Iterator[tuple[Held, Checkpointing]]:
+    """What is wanted and can be had here, fastest first.
+
+    >>> list(ways(FinetuneConfig(backend="fast", gradient_checkpointing="auto"), (8, 0)))
+    [('plain', 'none'), ('plain', 'full'), ('nf4', 'none'), ('nf4', 'full')]
+    """
+    fastest: tuple[Held, ...] = ("fp8",) if capability >= FP8_CAPABILITY else ("plain",)
+    on_gpu: tuple[Held, ...] = (*fastest, "nf4") if capability > (0, 0) else ("plain",)
+    held = on_gpu if config.frozen_weights == "auto" else (config.frozen_weights,)
+    kept: tuple[Checkpointing, ...] = ("none", "full")
+    return product(held, kept if config.gradient_checkpointing == "auto" else (_checkpointing(config),))
+
+
+def _checkpointing(config: FinetuneConfig) -> Checkpointing:
+    return "none" if config.gradient_checkpointing == "none" else "full"
+
+
+def _estimate(shape: Shape, config: FinetuneConfig, resolved: Resolved, tokens: int) -> dict[str, float]:
+    parts = {name: value for name, value in estimate_gib(shape, config, resolved, tokens).items() if name != "total"}
+    parts["activations"] = round(parts["activations"] * KEPT, 4)
+    return parts | {"total": round(sum(parts.values()), 4)}
+
+
+def _tell(chosen: Resolved) -> None:
+    estimate = chosen.estimated_gib or {}
+    room = "" if chosen.free_gib is None else f" of {chosen.free_gib:.1f} GiB free"
+    logger.info(
+        "finetune: base matrices %s, gradient checkpointing %s: the fastest that fits on %s (about %.1f GiB%s).",
+        *(chosen.frozen_weights, chosen.gradient_checkpointing, chosen.device_name, estimate.get("total", 0.0), room),
+    )
+
+
+def compute_capability(device: str) -> tuple[int, int]:
+    """The GPU's compute capability; (0, 0) on the CPU."""
+    import torch
+
+    return torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
+
+
+__all__ = ["choose", "compute_capability", "ways"]

@@ -1,0 +1,149 @@
+"""The fast backend: packs on one GPU as fast as it allows; on the CPU the same arithmetic, for tests and small models.
+
+    loading.py -> PEFT -> packed.py        the model: frozen matrices fused, compiled layers, attention within rows
+    transformers.Trainer -> trainer.py     the loop: schedule, clipping, checkpoints, resume, telemetry, as the other backends
+
+What is our own here, because no library does it as fast or at all, and by how much, is measured in tests/bench/LOG.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.backends import Job, Progress
+from tasks.backends.hf import add_adapter
+from tasks.backends.loading import load_base, load_tokenizer
+from tasks.backends.trainer import read_rows, run, sft_arguments
+from tasks.refs import ConfigError
+
+if TYPE_CHECKING:
+    from tasks.backends.packed import Collator, PackedLlama
+
+ONLY_TRL = ("dataset_kwargs",)
+"""Arguments of trainer.sft_arguments that transformers.TrainingArguments does not know."""
+LENGTH_STEP = 1024
+"""Rows that are not packed are filled up to a multiple of this on a GPU, where each length is compiled anew."""
+SLICE_STEP = 2048
+"""Labelled positions are filled up to a multiple of this on a GPU, for the same reason."""
+
+
+class FastBackend:
+    """Our own forward pass over PEFT's parameters, in transformers' Trainer."""
+
+    def train(self, job: Job, progress: Progress) -> float:
+        """Train on packs, or on rows laid end to end; see tasks.backends.Backend."""
+        resolved = job.resolved
+        model = load_base(Path(job.model.path), resolved.dtype, load_in_4bit=resolved.load_in_4bit, device=resolved.device)
+        check_architecture(model.config, resolved.dtype)
+        return run(job, make_trainer(job, add_adapter(model, job.config.lora), load_tokenizer(job.model)), progress)
+
+
+def make_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
+    """A transformers.Trainer of the wrapped model, whose loss is that of tasks/backends/packed.py."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    rows = read_rows(job)
+    packed = take_over(job, wrapped, measure(rows))
+
+    class PackedTrainer(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, num_items_in_batch: Any = None, **__: Any) -> Any:
+            del model
+            return packed.loss(inputs, num_items_in_batch)
+
+    known = {name: value for name, value in sft_arguments(job).items() if name not in ONLY_TRL}
+    trainer = PackedTrainer(
+        model=wrapped,
+        args=TrainingArguments(**(known | settings())),
+        train_dataset=rows,
+        data_collator=collator(job, measure(rows)),
+        processing_class=tokenizer,
+    )
+    trainer.model_accepts_loss_kwargs = True  # the loss is already divided by all labelled tokens of a step
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def settings() -> dict[str, Any]:
+    """TrainingArguments of this backend: no autocast, for packed.py casts where it must."""
+    return {"bf16": False, "fp16": False, "remove_unused_columns": False, "gradient_checkpointing": False}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What the data's rows measure, in tokens and rows."""
+
+    pack: int
+    """Tokens of the longest pack, or row where rows are not packed."""
+    row: int
+    """Tokens of the longest row."""
+    rows: int
+    """Rows of the fullest pack."""
+
+
+def measure(dataset: Any) -> Lengths:
+    """The largest sizes of a data set, read without its tokens."""
+    import pyarrow.compute as pc
+
+    def longest(name: str) -> int:
+        return int(pc.max(pc.list_value_length(table[name])).as_py())
+
+    table: Any = dataset.data
+    pack = longest("input_ids")
+    if "seq_lengths" not in table.column_names:
+        return Lengths(pack, pack, 1)
+    return Lengths(pack, int(pc.max(pc.list_flatten(table["seq_lengths"])).as_py()), longest("seq_lengths"))
+
+
+def take_over(job: Job, wrapped: Any, lengths: Lengths) -> PackedLlama:
+    """The wrapped model as a function of packs."""
+    from tasks.backends.packed import PackedLlama
+
+    resolved = job.resolved
+    return PackedLlama(
+        wrapped,
+        resolved.frozen_weights,
+        longest=lengths.row,
+        checkpointed=resolved.gradient_checkpointing == "full",
+        compiled=resolved.device == "cuda" and resolved.dtype != "float32",
+    )
+
+
+def collator(job: Job, lengths: Lengths) -> Collator:
+    """Batches of one shape on a GPU, so that one compilation serves all; as long as they are on the CPU."""
+    from tasks.backends.packed import Collator
+
+    if job.resolved.device == "cpu":
+        return Collator()
+    tokens = job.config.batch_size * lengths.pack if job.packed else LENGTH_STEP
+    return Collator(tokens=tokens, rows=job.config.batch_size * lengths.rows + 1, slice=SLICE_STEP)
+
+
+def check_architecture(config: Any, dtype: str) -> None:
+    """Refuse what packed.py does not compute.
+
+    Raises:
+        ConfigError: naming the backend that can.
+    """
+    got = {
+        "model_type": config.model_type,
+        "hidden_act": config.hidden_act,
+        "biases": bool(getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)),
+        "dtype": dtype,
+    }
+    wanted: dict[str, tuple[object, ...]] = {
+        "model_type": ("llama",),
+        "hidden_act": ("silu",),
+        "biases": (False,),
+        "dtype": ("bfloat16", "float32"),
+    }
+    wrong = [f"{name} {got[name]}" for name, allowed in wanted.items() if got[name] not in allowed]
+    if wrong:
+        raise ConfigError(
+            f"finetune.backend: the fast backend can't train this model: got {', '.join(wrong)}; expected a Llama without "
+            "biases in bfloat16 or float32. Set finetune.backend=hf finetune.gradient_checkpointing=full."
+        )
+
+
+__all__ = ["FastBackend", "check_architecture", "collator", "make_trainer", "measure", "settings", "take_over"]

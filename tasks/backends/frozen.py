@@ -1,0 +1,162 @@
+"""A frozen linear map with its LoRA in one matrix product; imports torch.
+
+    y = x W' + (x A') B'   is   [x | x A'] [W | B]'          and backwards, with g = dL/dy,
+    dx = g W + (g B) A     is   [g | g B] [W ; A]
+
+The base matrix lies in memory with room for A and B beside it, so that adding the adapter costs a few columns more and not
+another pass over y and dx. W never gets a gradient. Maps that share an input (q, k and v; gate and up) are one map, their
+adapters side by side: A stacked, B block-diagonal.
+
+    plain    W in the compute type                         (out + rank, in + rank)
+    fp8      W and its transpose in e4m3, a scale a row     (out, in + rank) and (in, out + rank)
+    nf4      W in bitsandbytes' NF4, unpacked on the fly     (out * in / 2,) and a scale for 64 values
+
+Source of rowwise fp8: torchao.float8 "rowwise", which quantizes a frozen weight anew at every step; here it is done once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Kind = Literal["plain", "fp8", "nf4"]
+F8 = torch.float8_e4m3fn
+F8_MAX = 448.0
+"""Largest e4m3 value. Source: OCP 8-bit floating point specification."""
+ROOM = 4.0
+"""x and g are scaled to F8_MAX / ROOM, which leaves their adapter columns room to be larger than any of their values."""
+MAX_BALANCE = 16.0
+"""B and A are scaled up against x A' and g B by at most this, so that small adapters keep their digits in fp8."""
+RANK_MULTIPLE = 16
+"""fp8 products need inner sizes of a multiple of 16."""
+NF4_BLOCK = 64
+
+
+def padded_rank(downs: Sequence[Tensor]) -> int:
+    """Columns that the adapters of maps with one input take beside the base matrix."""
+    return -(-sum(len(down) for down in downs) // RANK_MULTIPLE) * RANK_MULTIPLE
+
+
+def adapter_matrices(downs: Sequence[Tensor], ups: Sequence[Tensor], scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """LoRA matrices of maps with one input as A (rank, in) and B (out, rank), rank padded to a multiple of 16."""
+    a, b = torch.cat(list(downs)), torch.block_diag(*ups) * scaling
+    missing = -len(a) % RANK_MULTIPLE
+    return functional.pad(a, (0, 0, 0, missing)).to(dtype), functional.pad(b, (0, missing)).to(dtype)
+
+
+def freeze_plain(weight: Tensor, rank: int) -> tuple[Tensor, ...]:
+    """W (out, in) with room for an adapter of that rank."""
+    return (functional.pad(weight, (0, rank, 0, rank)),)
+
+
+def freeze_fp8(weight: Tensor, rank: int) -> tuple[Tensor, ...]:
+    """W, its scales, W' and its scales, and the two balances, with room for an adapter of that rank."""
+    one = torch.ones((), device=weight.device)
+    return (*_quantize(weight, rank), *_quantize(weight.t(), rank), one, one.clone())
+
+
+def _quantize(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    largest = weight.abs().amax(1, keepdim=True).float()
+    scale = largest.clamp(min=float(largest.max()) / 64 or 1.0) / (F8_MAX / ROOM)
+    room = torch.zeros(len(weight), rank, dtype=F8, device=weight.device)
+    return torch.cat([(weight.float() / scale).to(F8), room], 1), scale.t().contiguous()
+
+
+def freeze_nf4(packed: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Several maps' NF4 bytes and scales as one's: blocks lie within rows, so they can be put in a line."""
+    return torch.cat([part.flatten() for part in packed]), torch.cat([scale.flatten().float() for scale in scales])
+
+
+@torch.no_grad()
+def refresh(kind: Kind, base: Sequence[Tensor], a: Tensor, b: Tensor) -> None:
+    """Put the adapter as it is now into its room beside the base matrix."""
+    if kind == "plain":
+        (weight,) = base
+        weight[: len(b), a.shape[1] :] = b
+        weight[len(b) :, : a.shape[1]] = a
+    elif kind == "fp8":
+        w, ws, wt, wts, balance, balance_t = base
+        _put(w, ws, b.float(), balance)
+        _put(wt, wts, a.t().float(), balance_t)
+
+
+def _put(weight: Tensor, scale: Tensor, columns: Tensor, balance: Tensor) -> None:
+    room = F8_MAX * scale.t() / columns.abs().amax(1, keepdim=True).clamp(min=1e-20)
+    balance.copy_(room.min().clamp(max=MAX_BALANCE))
+    scaled = columns * balance / scale.t()
+    weight[:, weight.shape[1] - columns.shape[1] :] = scaled.clamp(-F8_MAX, F8_MAX).to(F8)
+
+
+def apply(kind: Kind, x: Tensor, a: Tensor, b: Tensor, base: Sequence[Tensor]) -> Tensor:
+    """The map with its adapter: x (rows, in) to (rows, out)."""
+    return {"plain": _Plain, "fp8": _Fp8, "nf4": _Nf4}[kind].apply(x, a, b, *base)
+
+
+class _Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, a, b, weight = args
+        low = x @ a.t()
+        ctx.save_for_backward(x, low, b, weight)
+        return torch.cat([x, low], 1) @ weight[: len(b)].t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, low, b, weight = ctx.saved_tensors
+        (g,) = grads
+        low_g = g @ b
+        return torch.cat([g, low_g], 1) @ weight[:, : x.shape[1]], low_g.t() @ x, g.t() @ low, None
+
+
+class _Fp8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, a, b, w, ws, wt, wts, balance, balance_t = args
+        low = x @ a.t()
+        ctx.save_for_backward(x, low, b, wt, wts, balance_t)
+        return _product(x, low, w, ws, balance)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, low, b, wt, wts, balance_t = ctx.saved_tensors
+        (g,) = grads
+        low_g = g @ b
+        return _product(g, low_g, wt, wts, balance_t), low_g.t() @ x, g.t() @ low, None, None, None, None, None, None
+
+
+def _product(x: Tensor, low: Tensor, weight: Tensor, scale: Tensor, balance: Tensor) -> Tensor:
+    """[x | low] times the transpose of an extended fp8 matrix."""
+    of_row = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) * (ROOM / F8_MAX)
+    wide = (x.float() / of_row).to(F8)
+    narrow = (low.float() / (of_row * balance)).clamp(-F8_MAX, F8_MAX).to(F8)
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]  # as torchao calls it
+        torch.cat([wide, narrow], 1), weight.t(), scale_a=of_row, scale_b=scale, out_dtype=x.dtype, use_fast_accum=True
+    )
+
+
+class _Nf4(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, a, b, packed, scales = args
+        low = x @ a.t()
+        ctx.save_for_backward(x, low, a, b, packed, scales)
+        return torch.addmm(low @ b.t(), x, _unpack(packed, scales, x, b).t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, low, a, b, packed, scales = ctx.saved_tensors
+        (g,) = grads
+        low_g = g @ b
+        return torch.addmm(low_g @ a, g, _unpack(packed, scales, x, b)), low_g.t() @ x, g.t() @ low, None, None
+
+
+def _unpack(packed: Tensor, scales: Tensor, x: Tensor, b: Tensor) -> Tensor:
+    shape = [len(b), x.shape[1]]
+    return torch.ops.bitsandbytes.dequantize_4bit(packed[:, None], scales, NF4_BLOCK, "nf4", shape, x.dtype)
+
+
+__all__ = ["Kind", "adapter_matrices", "apply", "freeze_fp8", "freeze_nf4", "freeze_plain", "padded_rank", "refresh"]

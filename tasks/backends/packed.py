@@ -1,0 +1,257 @@
+"""Runs a PEFT-wrapped Llama over rows laid end to end, each seen by itself; imports torch.
+
+The wrapped model stays what is saved and resumed: its LoRA parameters are the ones trained here. Its frozen matrices are
+taken over (tasks/backends/frozen.py), maps with a common input as one, and its layers are run by `block`, one compiled
+function for all of them on a fixed length.
+
+Shapes: T tokens of all rows together, W width, H query heads, G key-value heads, D their size.
+
+Source of the arithmetic: transformers 5.17, models/llama/modeling_llama.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from itertools import accumulate, pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from tasks.backends import frozen
+from tasks.backends.frozen import Kind
+from tasks.backends.linear_loss import IGNORED, linear_loss
+
+GROUPS = (
+    ("self_attn", ("q_proj", "k_proj", "v_proj")),
+    ("self_attn", ("o_proj",)),
+    ("mlp", ("gate_proj", "up_proj")),
+    ("mlp", ("down_proj",)),
+)
+"""Maps of a layer that share an input."""
+
+Map = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]
+"""A group's frozen tensors, and its adapters' A and B."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a block must know beside its tensors."""
+
+    kind: Kind
+    query_heads: int
+    key_heads: int
+    head_size: int
+    scaling: float
+    """LoRA's alpha / rank."""
+    epsilon: float
+    longest: int
+    """Tokens of the longest row."""
+
+
+class PackedLlama:
+    """A PEFT-wrapped LlamaForCausalLM as a function from a batch to its loss."""
+
+    def __init__(self, wrapped: Any, kind: Kind, *, longest: int, checkpointed: bool, compiled: bool) -> None:
+        """Take over the frozen matrices of `wrapped`, which can no longer run by itself then."""
+        llama, config = wrapped.get_base_model(), wrapped.config
+        self._body, self._head = llama.model, llama.lm_head.weight
+        maps = [[take_over(getattr(layer, part), names, kind) for part, names in GROUPS] for layer in self._body.layers]
+        norms = [(layer.input_layernorm.weight, layer.post_attention_layernorm.weight) for layer in self._body.layers]
+        self._layers = list(zip(maps, norms, strict=True))
+        size = self._body.layers[0].self_attn.head_dim
+        self._shape = Shape(
+            kind=kind,
+            query_heads=config.num_attention_heads,
+            key_heads=config.num_key_value_heads,
+            head_size=size,
+            scaling=lora_scaling(wrapped),
+            epsilon=config.rms_norm_eps,
+            longest=longest,
+        )
+        self._checkpointed, self._compiled = checkpointed, compiled
+        self._block = torch.compile(block, dynamic=False) if compiled else block
+        self._refresh = torch.compile(refresh_layer, dynamic=False) if compiled else refresh_layer
+
+    def loss(self, batch: Mapping[str, Tensor], items: Tensor | int) -> Tensor:
+        """Negative log-likelihood of the batch's labelled tokens over `items`, the labelled tokens of a whole step."""
+        hidden = self.hidden(batch).index_select(0, batch["positions"])
+        hidden = rms_norm(hidden, self._body.norm.weight, self._shape.epsilon)
+        return linear_loss(hidden, self._head, batch["shift_labels"], items, compiled=self._compiled)
+
+    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits (T, vocabulary) of every token."""
+        return rms_norm(self.hidden(batch), self._body.norm.weight, self._shape.epsilon) @ self._head.t()
+
+    def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the last layer makes of the tokens, (T, W), before the last norm."""
+        x = self._body.embed_tokens(batch["input_ids"])
+        cos, sin = (part[0] for part in self._body.rotary_emb(x, batch["position_ids"]))
+        x = x[0].detach().requires_grad_(torch.is_grad_enabled())  # as in later layers, so that one compiled block serves all
+        for maps, norms in self._layers:
+            self._refresh(maps, self._shape, x.dtype)
+            inputs = (x, cos, sin, batch["bounds"], maps, norms, self._shape)
+            x = checkpoint(self._block, *inputs, use_reentrant=False) if self._checkpointed else self._block(*inputs)
+        return x
+
+
+def block(
+    x: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor, maps: Sequence[Map], norms: tuple[Tensor, Tensor], shape: Shape
+) -> Tensor:
+    """One decoder layer: x (T, W) to (T, W); rows begin and end at `bounds`."""
+    into_heads, out_of_heads, widen, narrow = maps
+    heads = _apply(into_heads, rms_norm(x, norms[0], shape.epsilon), shape).view(len(x), -1, shape.head_size)  # (T, H + 2G, D)
+    q, k, v = heads.split([shape.query_heads, shape.key_heads, shape.key_heads], 1)
+    mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, bounds, shape.longest)
+    x = x + _apply(out_of_heads, mixed.reshape(len(x), -1), shape)
+    gate, up = _apply(widen, rms_norm(x, norms[1], shape.epsilon), shape).chunk(2, 1)
+    return x + _apply(narrow, functional.silu(gate) * up, shape)
+
+
+def refresh_layer(maps: Sequence[Map], shape: Shape, dtype: torch.dtype) -> None:
+    """Put a layer's adapters as they are now beside its frozen matrices."""
+    with torch.no_grad():
+        for base, downs, ups in maps:
+            frozen.refresh(shape.kind, base, *frozen.adapter_matrices(downs, ups, shape.scaling, dtype))
+
+
+def _apply(linear: Map, x: Tensor, shape: Shape) -> Tensor:
+    base, downs, ups = linear
+    return frozen.apply(shape.kind, x, *frozen.adapter_matrices(downs, ups, shape.scaling, x.dtype), base)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """LlamaRMSNorm: in float32, scaled in the compute type."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on x (T, heads, D) with cos and sin (T, D)."""
+    left, right = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat([-right, left], -1) * sin[:, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
+    """Causal attention within each row: q (T, H, D), k and v (T, G, D) to (T, H, D).
+
+    On a GPU in half precision by torch's flash attention for variable lengths; elsewhere row by row.
+    """
+    if q.is_cuda and q.dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn
+
+        grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+        return cast("Tensor", varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), **grouped))
+    rows = [slice(start, end) for start, end in pairwise(bounds.tolist()) if end > start]
+    return torch.cat([_attend_row(q[row], k[row], v[row]) for row in rows])
+
+
+def _attend_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+
+def take_over(parent: Any, names: Sequence[str], kind: Kind) -> Map:
+    """The frozen matrices of modules with a common input as one, taken out of the modules, and their adapters."""
+    modules = [getattr(parent, name) for name in names]
+    linears = [getattr(module, "base_layer", module) for module in modules]
+    adapters = [_adapter(module, linear) for module, linear in zip(modules, linears, strict=True)]
+    downs, ups = zip(*adapters, strict=True)
+    rank = frozen.padded_rank(downs)
+    if kind == "nf4":
+        states = [linear.weight.quant_state for linear in linears]
+        base = frozen.freeze_nf4([linear.weight.data for linear in linears], [unnested_scales(state) for state in states])
+    else:
+        freeze = frozen.freeze_fp8 if kind == "fp8" else frozen.freeze_plain
+        base = freeze(torch.cat([plain_weight(linear) for linear in linears]), rank)
+    for linear in linears:
+        linear.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+    return base, tuple(downs), tuple(ups)
+
+
+def _adapter(module: Any, linear: Any) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank) of a module; of rank 0 where it has no adapter."""
+    if module is linear:
+        return torch.zeros(0, linear.in_features), torch.zeros(linear.out_features, 0)
+    return module.lora_A["default"].weight, module.lora_B["default"].weight
+
+
+def plain_weight(linear: Any) -> Tensor:
+    """A linear module's weight (out, in), unpacked if it is stored in 4 bits."""
+    state = getattr(linear.weight, "quant_state", None)
+    if state is None:
+        return linear.weight.data
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(linear.weight.data, state)
+
+
+def unnested_scales(state: Any) -> Tensor:
+    """The scales of a 4-bit weight, themselves unpacked if they are stored in 8 bits."""
+    if not state.nested:
+        return state.absmax
+    from bitsandbytes.functional import dequantize_blockwise
+
+    return dequantize_blockwise(state.absmax, state.state2) + state.offset
+
+
+def lora_scaling(wrapped: Any) -> float:
+    """The factor of all adapters: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+    return float(next(module.scaling["default"] for module in wrapped.modules() if hasattr(module, "lora_A")))
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows or packs to one sequence, on the CPU.
+
+    {"input_ids": [0, 7, 8, 1, 0, 9, 1], "labels": [...], "seq_lengths": [4, 3]}
+        ->  position_ids 0 1 2 3 0 1 2, bounds 0 4 7, positions: tokens whose successor is labelled, shift_labels: those
+    """
+
+    tokens: int = 0
+    """Fill up to a multiple of this, with a row of its own that nothing is learnt from; 0: leave the length."""
+    rows: int = 0
+    """Fill `bounds` up to so many rows, empty ones."""
+    slice: int = 0
+    """Fill the labelled positions up to a multiple of this."""
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The batch as tensors."""
+        lengths = [length for example in examples for length in example.get("seq_lengths") or [len(example["input_ids"])]]
+        ids = [token for example in examples for token in example["input_ids"]]
+        labels = torch.tensor([label for example in examples for label in example["labels"]])
+        text = len(ids)
+        if self.tokens and (missing := -text % self.tokens):
+            ids, lengths = ids + [0] * missing, [*lengths, missing]
+            labels = functional.pad(labels, (0, missing), value=IGNORED)
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        labels[bounds[:-1].long()] = IGNORED  # a row's first token is never predicted from the row before
+        positions = torch.nonzero(labels[1:] != IGNORED)[:, 0]
+        room = -len(positions) % self.slice if self.slice else 0
+        return {
+            "input_ids": torch.tensor([ids]),
+            "attention_mask": (torch.arange(len(ids)) < text)[None],
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "labels": labels[None],
+            "bounds": functional.pad(bounds, (0, max(0, self.rows + 1 - len(bounds))), value=len(ids)),
+            "positions": functional.pad(positions, (0, room)),
+            "shift_labels": functional.pad(labels[positions + 1], (0, room), value=IGNORED),
+        }
+
+
+__all__ = [
+    "Collator",
+    "PackedLlama",
+    "Shape",
+    "attend",
+    "block",
+    "lora_scaling",
+    "refresh_layer",
+    "rms_norm",
+    "rotate",
+    "take_over",
+]

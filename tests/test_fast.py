@@ -1,0 +1,370 @@
+"""The fast backend computes what transformers and PEFT compute, however rows are packed, batched or recomputed."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from flows.recipes import load_recipe
+from tasks.backends import frozen, hardware, memory
+from tasks.backends.checkpoints import checkpoints, is_last
+from tasks.backends.choice import choose
+from tasks.backends.fast import Lengths, check_architecture, measure
+from tasks.backends.hf import add_adapter
+from tasks.backends.linear_loss import linear_loss
+from tasks.backends.loading import load_base
+from tasks.backends.packed import Collator, PackedLlama
+from tasks.backends.watch import read_log
+from tasks.config import FinetuneConfig, LoraSection, WeightsConfig
+from tasks.refs import Adapter, ConfigError, Model
+from tests.test_finetune import interrupted, make_llama3_config, work_of
+from tests.tiny import make_tiny_model, tiny_reference, tiny_tokens
+from tests.train_tiny import train
+
+FAST = {"backend": "fast", "gradient_checkpointing": "none"}
+LORA = LoraSection(r=8, alpha=16)
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return tiny_reference(make_tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+def tiny_llama(model: Model, dtype: torch.dtype, lora: LoraSection = LORA) -> Any:
+    """The tiny model with an adapter that is not zero."""
+    base = AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype, attn_implementation="sdpa")
+    wrapped = add_adapter(base, lora)
+    random = torch.Generator().manual_seed(1)
+    for parameter in adapter_of(wrapped).values():
+        parameter.data = torch.randn(parameter.shape, generator=random) * 0.05
+    return wrapped
+
+
+def adapter_of(wrapped: Any) -> dict[str, Any]:
+    return {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+
+
+def some_rows(lengths: list[int], seed: int = 0) -> Rows:
+    random = torch.Generator().manual_seed(seed)
+    drawn = [torch.randint(3, 400, (length,), generator=random).tolist() for length in lengths]
+    return [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]} for ids in drawn]
+
+
+def gradients(wrapped: Any) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in adapter_of(wrapped).items()}
+
+
+def reference(model: Model, rows: Rows) -> tuple[float, Tensor, dict[str, Tensor]]:
+    """Loss, logits and gradients in float32 by transformers and PEFT, each row by itself."""
+    wrapped = tiny_llama(model, torch.float32)
+    items, total, logits = sum(len(row["labels"]) - 2 for row in rows), 0.0, []
+    for row in rows:
+        found = wrapped(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+        loss = functional.cross_entropy(found[:-1], torch.tensor(row["labels"][1:]), reduction="sum") / items
+        loss.backward()
+        total, logits = total + loss.item(), [*logits, found.detach()]
+    return total, torch.cat(logits), gradients(wrapped)
+
+
+def packed(
+    wrapped: Any, rows: Rows, *, kind: frozen.Kind = "plain", collate: Callable[..., Any] | None = None, **how: Any
+) -> Any:
+    """Loss and logits of all rows in one pack; the gradients are left in the wrapped model."""
+    llama = PackedLlama(wrapped, kind, longest=64, checkpointed=how.get("checkpointed", False), compiled=False)
+    batch = (collate or Collator())(rows)
+    loss = llama.loss(batch, (batch["shift_labels"] != -100).sum())
+    loss.backward()
+    with torch.no_grad():
+        return loss.item(), llama.logits(batch)[: sum(len(row["input_ids"]) for row in rows)]
+
+
+def relative(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """Norm of the difference over the norm, of all gradients together."""
+    missed = sum((got[name].float() - wanted[name]).square().sum() for name in wanted)
+    return float((missed / sum(grad.square().sum() for grad in wanted.values())) ** 0.5)
+
+
+ROWS = some_rows([20, 7, 33, 12, 26])
+FILLED = Collator(tokens=128, rows=9, slice=64)
+
+
+@pytest.mark.parametrize("collate", [Collator(), FILLED])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_packed_equals_each_row_by_itself_in_float32(model: Model, collate: Collator, checkpointed: bool) -> None:
+    loss, logits, wanted = reference(model, ROWS)
+    wrapped = tiny_llama(model, torch.float32)
+    got, got_logits = packed(wrapped, ROWS, collate=collate, checkpointed=checkpointed)
+    assert got == pytest.approx(loss, abs=1e-6)
+    assert (got_logits - logits).abs().max() < 1e-5
+    assert relative(gradients(wrapped), wanted) < 1e-5
+
+
+def test_packed_in_bfloat16_is_as_near_to_float32_as_each_row_by_itself(model: Model) -> None:
+    _, logits, wanted = reference(model, ROWS)
+    wrapped = tiny_llama(model, torch.bfloat16)
+    got_logits = packed(wrapped, ROWS)[1]
+    assert (got_logits.float() - logits).abs().max() < 4e-2
+    assert (got_logits.float() - logits).norm() < 1e-2 * logits.norm()
+    assert relative(gradients(wrapped), wanted) < 2e-2
+
+
+def scaled_product(
+    a: Tensor, b: Tensor, *, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, use_fast_accum: bool
+) -> Tensor:
+    """What a GPU's product of fp8 matrices with a scale for each row and column is by definition."""
+    assert use_fast_accum
+    assert a.shape[1] % 16 == 0
+    return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype)
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("plain", 2e-2), ("fp8", 6e-2)])
+def test_a_map_and_its_gradients_stay_near_to_float32(kind: frozen.Kind, bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_product)
+    random = torch.Generator().manual_seed(0)
+    shapes = {"x": (64, 256), "w": (96, 256), "a": (16, 256), "b": (96, 16), "g": (64, 96)}
+    x, w, a, b, g = (torch.randn(shape, generator=random) / shape[1] ** 0.5 for shape in shapes.values())
+    wanted = map_and_gradients("plain", [x, a, b], w, g)
+    got = map_and_gradients(kind, [part.bfloat16() for part in (x, a, b)], w.bfloat16(), g.bfloat16())
+    for name, one, other in zip(("y", "dx", "da", "db"), got, wanted, strict=True):
+        assert (one.float() - other).norm() < bound * other.norm(), name
+
+
+def map_and_gradients(kind: frozen.Kind, inputs: list[Tensor], w: Tensor, g: Tensor) -> list[Tensor]:
+    x, a, b = (part.requires_grad_() for part in inputs)
+    base = (frozen.freeze_fp8 if kind == "fp8" else frozen.freeze_plain)(w, len(a))
+    frozen.refresh(kind, base, a, b)
+    y = frozen.apply(kind, x, a, b, base)
+    return [y.detach(), *torch.autograd.grad(y, (x, a, b), g)]
+
+
+def test_a_whole_model_in_fp8_learns_in_float32s_direction(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_product)
+    _, _, wanted = reference(model, ROWS)
+    wrapped = tiny_llama(model, torch.bfloat16)
+    packed(wrapped, ROWS, kind="fp8")
+    assert relative(gradients(wrapped), wanted) < 0.15  # the error of each map above, through two layers and their norms
+
+
+def test_a_row_is_not_moved_by_its_neighbours(model: Model) -> None:
+    one, other = some_rows([9, 14], seed=1), some_rows([30, 14], seed=2)
+    with_one = packed(tiny_llama(model, torch.float32), [ROWS[0], one[1]])[1][:20]
+    with_other = packed(tiny_llama(model, torch.float32), [ROWS[0], *other])[1][:20]
+    assert (with_one - with_other).abs().max() < 1e-6
+
+
+def test_a_module_without_an_adapter_stays_as_it_is(model: Model) -> None:
+    lora = LoraSection(r=3, alpha=4, target_modules=("v_proj", "up_proj"), use_rslora=True)
+    wrapped = tiny_llama(model, torch.float32, lora)
+    with torch.no_grad():
+        wanted = wrapped(input_ids=torch.tensor([ROWS[0]["input_ids"]])).logits[0]
+    assert (packed(wrapped, ROWS[:1])[1] - wanted).abs().max() < 1e-5
+    assert all(grad.abs().sum() > 0 for grad in gradients(wrapped).values())
+
+
+def test_the_collator_lays_rows_end_to_end() -> None:
+    rows = [{"input_ids": [0, 7, 8, 1, 0, 9, 1], "labels": [-100, 7, 8, 1, 0, 9, 1], "seq_lengths": [4, 3]}]
+    batch = Collator(tokens=5, rows=4, slice=8)(rows)
+    assert batch["input_ids"].tolist() == [[0, 7, 8, 1, 0, 9, 1, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2]]
+    assert batch["bounds"].tolist() == [0, 4, 7, 10, 10]
+    assert batch["positions"].tolist() == [0, 1, 2, 4, 5, 0, 0, 0]
+    assert batch["shift_labels"].tolist() == [7, 8, 1, 9, 1, -100, -100, -100]
+    assert batch["attention_mask"].sum() == 7
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 9), st.integers(0, 1000))
+def test_the_loss_in_slices_is_cross_entropy(rows: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, 6, generator=random).requires_grad_()
+    weight, targets = torch.randn(11, 6, generator=random), torch.randint(0, 11, (rows,), generator=random)
+    targets[::3] = -100
+    wanted = functional.cross_entropy(hidden @ weight.t(), targets, reduction="sum") / 4
+    (grad,) = torch.autograd.grad(wanted, hidden)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tasks.backends.linear_loss.SLICE", 4)
+        got = linear_loss(hidden, weight, targets, 4, compiled=False)
+    (got_grad,) = torch.autograd.grad(got, hidden)
+    assert got.item() == pytest.approx(wanted.item(), rel=1e-5, abs=1e-6)
+    assert torch.allclose(got_grad, grad, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.floats(1e-6, 1e4), st.floats(1e-4, 10), st.integers(0, 100))
+def test_fp8_matrices_hold_adapters_of_any_size(up: float, weight: float, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    w, a, b = (torch.randn(shape, generator=random) for shape in ((32, 48), (16, 48), (32, 16)))
+    base = frozen.freeze_fp8(w * weight, 16)
+    frozen.refresh("fp8", base, a, b * up)
+    extended, scale, balance = base[0].float(), base[1].t(), base[4]
+    got_w, got_b = extended[:, :48] * scale, extended[:, 48:] * scale / balance
+    assert (got_w - w * weight).norm() < 0.05 * (w * weight).norm()
+    assert (got_b - b * up).norm() < 0.05 * (b * up).norm()
+
+
+def curve(adapter: Adapter) -> list[float]:
+    return [record.loss for record in read_log(adapter.log / "train_log.jsonl")]
+
+
+def fifty_steps(wrapped: Any, loss_of: Callable[[Rows, int], Tensor], micro: int) -> list[float]:
+    """Losses of 50 steps of eight rows, so many rows at a time."""
+    rows = 10 * some_rows([14 + 3 * (index % 7) for index in range(40)])
+    optimizer, losses = torch.optim.AdamW(adapter_of(wrapped).values(), lr=1e-3), list[float]()
+    for step in range(0, 400, 8):
+        items = sum(len(row["labels"]) - 2 for row in rows[step : step + 8])
+        losses.append(0.0)
+        for start in range(step, step + 8, micro):
+            loss = loss_of(rows[start : start + micro], items)
+            loss.backward()
+            losses[-1] += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def fifty_packed_steps(model: Model, micro: int, *, checkpointed: bool) -> list[float]:
+    wrapped = tiny_llama(model, torch.float32)
+    llama = PackedLlama(wrapped, "plain", longest=64, checkpointed=checkpointed, compiled=False)
+    return fifty_steps(wrapped, lambda rows, items: llama.loss(Collator()(rows), items), micro)
+
+
+def fifty_unpacked_steps(model: Model) -> list[float]:
+    """By transformers and PEFT, a row at a time."""
+    wrapped = tiny_llama(model, torch.float32)
+
+    def loss_of(rows: Rows, items: int) -> Tensor:
+        logits = wrapped(input_ids=torch.tensor([rows[0]["input_ids"]])).logits[0]
+        return functional.cross_entropy(logits[:-1], torch.tensor(rows[0]["labels"][1:]), reduction="sum") / items
+
+    return fifty_steps(wrapped, loss_of, 1)
+
+
+@pytest.fixture(scope="module")
+def unpacked_curve(model: Model) -> list[float]:
+    return fifty_unpacked_steps(model)
+
+
+@pytest.mark.parametrize(("micro", "checkpointed"), [(8, False), (8, True), (1, False)])
+def test_fifty_steps_are_the_same_packed_recomputed_or_row_by_row(
+    model: Model, unpacked_curve: list[float], micro: int, checkpointed: bool
+) -> None:
+    got = fifty_packed_steps(model, micro, checkpointed=checkpointed)
+    missed = [abs(one - other) for one, other in zip(got, unpacked_curve, strict=True)]
+    assert max(missed) < 1e-3
+    assert sum(missed) / 50 < 1e-5
+    assert unpacked_curve[-1] < unpacked_curve[0]
+
+
+def test_one_by_eight_trains_as_eight_by_one_and_as_the_hf_backend(model: Model) -> None:
+    rows = tiny_tokens(40)
+    eight_by_one = curve(train(model, rows, **FAST, batch_size=1, gradient_accumulation=8))
+    one_by_eight = curve(train(model, rows, **FAST, batch_size=8, gradient_accumulation=1))
+    assert one_by_eight == pytest.approx(eight_by_one, abs=1e-5)
+    hf = curve(train(model, rows, **FAST | {"backend": "hf"}, batch_size=8, gradient_accumulation=1))
+    assert one_by_eight == pytest.approx(hf, abs=1e-5)
+
+
+def test_it_trains_packs_to_an_adapter_that_peft_loads(model: Model) -> None:
+    adapter = train(model, tiny_tokens(40, kind="packs"), **FAST, batch_size=1)
+    assert adapter.steps == 12
+    assert adapter.summary["last_loss"] < adapter.summary["first_loss"]
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(base, str(adapter.data.path))
+    ups = [weight for name, weight in tuned.named_parameters() if "lora_B" in name]
+    assert len(ups) == 14
+    assert all(weight.abs().sum() > 0 for weight in ups)
+
+
+def test_killed_and_run_again_it_equals_an_uninterrupted_training_to_the_bit(
+    home: Path, model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = FAST | {"max_steps": 60, "warmup_steps": 2}
+    assert interrupted(home, model, changes, signal.SIGKILL).returncode == -signal.SIGKILL
+    rows = tiny_tokens(40)
+    assert not is_last(checkpoints(work_of(home, model, rows, **changes))[0]), "killed too late to show anything"
+    with caplog.at_level(logging.INFO):
+        resumed = train(model, rows, **changes)
+    assert "finetune goes on from step" in caplog.text
+    got = (resumed.data / "adapter_model.safetensors").read_bytes(), curve(resumed)
+    monkeypatch.setenv("AMAZON_FT_HOME", str(home.with_name("other")))
+    whole = train(model, tiny_tokens(40), **changes)
+    assert got == ((whole.data / "adapter_model.safetensors").read_bytes(), curve(whole))
+
+
+def test_nf4_is_that_of_bitsandbytes(tmp_path: Path) -> None:
+    model = tiny_reference(make_tiny_model(tmp_path / "wide", hidden=64))
+    with torch.no_grad():  # a forward pass on the CPU repacks the weights, so each has its own
+        wanted = in_nf4(model)(input_ids=torch.tensor([ROWS[0]["input_ids"]])).logits[0].float()
+    wrapped = in_nf4(model)
+    got = packed(wrapped, ROWS[:1], kind="nf4")[1].float()
+    assert (got - wanted).norm() < 0.02 * wanted.norm()
+    assert all(grad.abs().sum() > 0 for name, grad in gradients(wrapped).items() if "lora_A" not in name)
+
+
+def in_nf4(model: Model) -> Any:
+    return add_adapter(load_base(Path(model.path), "bfloat16", load_in_4bit=True, device="cpu"), LORA)
+
+
+def test_what_fits_is_chosen_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    shape = memory.read_shape(Path(make_llama3_config(tmp_path)))
+    assert shape is not None
+    config = FinetuneConfig(backend="fast", gradient_checkpointing="auto", optimizer="adamw_torch_fused")
+    resolved = hardware.resolve(config, WeightsConfig(load_in_4bit=False), "cpu").model_copy(
+        update={"dtype": "bfloat16", "device": "cuda", "device_name": "NVIDIA H100"}
+    )
+    monkeypatch.setattr("tasks.backends.choice.compute_capability", lambda _: (9, 0))
+    with caplog.at_level(logging.INFO):
+        found = {free: choose(config, resolved, shape, 8192, free) for free in (79.0, 40.0, 22.0, 11.5)}
+    chosen = {free: (way.frozen_weights, way.gradient_checkpointing) for free, way in found.items()}
+    assert chosen == {79.0: ("fp8", "none"), 40.0: ("fp8", "full"), 22.0: ("fp8", "full"), 11.5: ("nf4", "full")}
+    assert "base matrices fp8, gradient checkpointing none: the fastest that fits on NVIDIA H100 (about " in caplog.text
+    monkeypatch.setattr("tasks.backends.choice.compute_capability", lambda _: (8, 0))
+    assert choose(config, resolved, shape, 8192, 79.0).frozen_weights == "plain"
+
+
+def test_fp8_is_refused_where_there_is_none(model: Model) -> None:
+    with pytest.raises(ConfigError, match=r"finetune\.frozen_weights: CPU has no fp8: got fp8; expected auto, plain or nf4"):
+        train(model, tiny_tokens(4), **FAST, frozen_weights="fp8")
+
+
+def test_another_architecture_is_refused(model: Model) -> None:
+    config = AutoModelForCausalLM.from_pretrained(model.path).config
+    check_architecture(config, "bfloat16")
+    config.attention_bias = True
+    with pytest.raises(ConfigError, match=r"got biases True, dtype float16; expected a Llama .* Set finetune.backend=hf"):
+        check_architecture(config, "float16")
+
+
+def test_the_sizes_of_packs_are_read_without_their_tokens() -> None:
+    from datasets import Dataset
+
+    packs = Dataset.from_dict({"input_ids": [[1] * 9, [1] * 7], "seq_lengths": [[2, 3, 4], [6, 1]]})
+    assert measure(packs) == Lengths(pack=9, row=6, rows=3)
+    assert measure(packs.remove_columns("seq_lengths")) == Lengths(pack=9, row=9, rows=1)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.load_in_4bit=true", "model.load_in_4bit needs another backend than fast"),
+        ("finetune.lora.dropout=0.1", "finetune.backend=fast trains without finetune.lora.dropout"),
+        ("finetune.backend=hf", "finetune.gradient_checkpointing=auto and finetune.frozen_weights need finetune.backend=fast"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("fast", [override])
