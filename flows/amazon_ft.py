@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import cast
 
 from prefect import flow
+from prefect.client.schemas.objects import State
 
 from flows.artifacts import show_model, shown
 from flows.child import ChildError
@@ -37,6 +38,6 @@ def amazon_ft(config: Recipe, overrides: tuple[str, ...] = (), until: str | None
             show_model(publish_link(saved, recipe.name))
             return saved
     except ChildError as end:
-        state = end.state.model_copy(update={"message": str(end), "data": None})
+        state = State(type=end.state.type, name=end.state.name, message=str(end))
         return cast("SavedModel", state)  # Prefect takes a state that a flow returns for its own
     return None

@@ -136,6 +136,19 @@ def deploy(
     err.print("registered: work pools cpu and cuda, and every deployment of deployments/prefect.yaml", highlight=False)
 
 
+@app.command()
+def doctor(recipe: RecipeName = "default", overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what a run of the recipe would miss here; exit code 1 if anything."""
+    from flows.doctor import examine
+
+    found = examine(load_recipe(recipe, overrides or ()))
+    if as_json:
+        typer.echo(json.dumps({"findings": [vars(finding) for finding in found]}, ensure_ascii=False))
+    else:
+        show.findings(found, Console())
+    raise typer.Exit(FAILED if any(finding.state == "missing" for finding in found) else 0)
+
+
 @cache_app.command("ls")
 def cache_ls(as_json: AsJson = False) -> None:
     """Sizes by stage, and which runs refer to what."""

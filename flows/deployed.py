@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Generator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from flows import guard
 
@@ -22,6 +23,31 @@ def flow_run_id() -> UUID | None:
     return run.id if run is not None and run.deployment_id is not None else None
 
 
+class Unbroken:
+    """A stream to the worker that loses what a dead worker can't take.
+
+    Rich, through which Prefect logs, would end the program at the first line, before a checkpoint is written.
+    Source: https://rich.readthedocs.io/en/stable/reference/console.html#rich.console.Console.on_broken_pipe
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As the stream does."""
+        with suppress(BrokenPipeError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As the stream does."""
+        with suppress(BrokenPipeError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextmanager
 def supervised() -> Generator[None]:
     """What a deployed flow needs around its body; nothing for one that runs in its caller's process.
@@ -36,6 +62,7 @@ def supervised() -> Generator[None]:
 
     for name in ("tasks", "flows"):
         logging.getLogger(name).setLevel(logging.INFO)
+    sys.stdout, sys.stderr = cast("TextIO", Unbroken(sys.stdout)), cast("TextIO", Unbroken(sys.stderr))
     guard.end_with_worker()
     try:
         yield

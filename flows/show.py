@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tasks.catalogue import count_right
@@ -14,11 +15,20 @@ from tasks.refs import SavedModel, home
 
 if TYPE_CHECKING:
     from flows.cache import Entry
+    from flows.doctor import Finding
     from tasks.config import Recipe
     from tasks.stage import Plan, Step
 
 MODELS = ("base", "tuned")
-STATE_STYLES = {"cached": "bright_blue", "completed": "green", "failed": "red", "run": "yellow", "unknown": "dim"}
+STATE_STYLES = {
+    "cached": "bright_blue",
+    "completed": "green",
+    "failed": "red",
+    "run": "yellow",
+    "unknown": "dim",
+    "ok": "green",
+    "missing": "red",
+}
 
 
 def stages(entries: list[dict[str, Any]], console: Console) -> None:
@@ -115,6 +125,18 @@ def plan(found: Plan, console: Console) -> None:
 def step(item: Step) -> dict[str, Any]:
     """A planned stage as JSON."""
     return {"name": item.name, "state": item.state, "reason": item.reason, "rows": item.rows, "key": item.key}
+
+
+def findings(found: Iterable[Finding], console: Console) -> None:
+    """One line a check, and below it what to do."""
+    table = Table(box=None, padding=(0, 1))
+    for name in ("check", "state"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("found", overflow="fold")
+    for finding in found:
+        advice = f"\n[dim]{escape(finding.advice)}[/]" if finding.advice else ""
+        table.add_row(finding.check, _styled(finding.state), escape(finding.found) + advice)
+    console.print(table)
 
 
 def inventory(entries: list[Entry], console: Console) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,8 @@ CHECKPOINT_SECONDS = 45
 """What a worker gets to end in: its training writes a checkpoint first."""
 SERVER_SECONDS = 10
 ONLINE_SECONDS = 60
+STAY_SECONDS = 10
+"""What ends earlier than this after its start would do so again."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,21 @@ class Options:
 
 
 @dataclass
+class Started:
+    """A process, and how to start it again."""
+
+    command: tuple[str, ...]
+    env: dict[str, str]
+    process: subprocess.Popen[bytes]
+    at: float = field(default_factory=time.monotonic)
+
+
+@dataclass
 class Processes:
     """What was started, in order."""
 
     env: dict[str, str]
-    started: list[tuple[str, subprocess.Popen[bytes]]] = field(default_factory=list[tuple[str, subprocess.Popen[bytes]]])
+    started: dict[str, Started] = field(default_factory=dict[str, Started])
 
     def start(self, name: str, *command: str, **env: str) -> subprocess.Popen[bytes]:
         """`prefect COMMAND` with its output in a log of its own."""
@@ -62,28 +74,31 @@ class Processes:
             process = subprocess.Popen(
                 guarded, stdout=output, stderr=subprocess.STDOUT, env=self.env | env, start_new_session=True
             )
-        self.started.append((name, process))
+        self.started[name] = Started(command, env, process)
         return process
 
     def stop(self) -> None:
         """End the workers, all at once, then the server; each gets time to end by itself."""
-        workers, server = self.started[1:], self.started[:1]
-        _end([process for _, process in workers], CHECKPOINT_SECONDS)
-        _end([process for _, process in server], SERVER_SECONDS)
+        processes = [item.process for item in self.started.values()]
+        _end(processes[1:], CHECKPOINT_SECONDS)
+        _end(processes[:1], SERVER_SECONDS)
 
-    def watch(self) -> None:
-        """Return never.
+    def revive(self, console: Console) -> None:
+        """Start again what ended by itself.
 
         Raises:
-            PipelineError: when one of them ended by itself.
+            PipelineError: when it had only just been started.
         """
-        while True:
-            for name, process in self.started:
-                if (code := process.poll()) is not None:
-                    raise PipelineError(
-                        f"up: {name}: ended with exit code {code}; expected it to stay. Its log is {log_of(name)}."
-                    )
-            time.sleep(0.5)
+        for name, item in list(self.started.items()):
+            if (code := item.process.poll()) is None:
+                continue
+            if time.monotonic() - item.at < STAY_SECONDS:
+                raise PipelineError(
+                    f"up: {name}: ended with exit code {code} within {STAY_SECONDS} s; expected it to stay. "
+                    f"Its log is {log_of(name)}."
+                )
+            console.print(f"{name} ended with exit code {code} and is started again; its log is {log_of(name)}", soft_wrap=True)
+            self.start(name, *item.command, **item.env)
 
 
 def log_of(name: str) -> Path:
@@ -101,19 +116,22 @@ def run(options: Options, console: Console) -> None:
     gpus = visible_gpus()
     with _ended_by_sigterm(), _processes(options) as processes:
         os.environ["PREFECT_API_URL"] = f"{options.url}/api"
-        server = processes.start("server", *_server(options))
+        server = processes.start("server", *server_command(options))
         wait_until_healthy(f"{options.url}/api", server, log_of("server"))
         deploy.set_up_pools(deploy.PoolType.PROCESS, max(1, len(gpus)))
         names = _start_workers(processes, gpus)
         deploy.register()
         _wait_until_online(names)
         _tell(options, gpus, console)
-        processes.watch()
+        with suppress(KeyboardInterrupt):
+            while True:
+                processes.revive(console)
+                time.sleep(1)
 
 
-@contextmanager
-def _processes(options: Options) -> Generator[Processes]:
-    env = {
+def environment(options: Options) -> dict[str, str]:
+    """What server, workers and flow runs share."""
+    shared = {
         "PREFECT_API_URL": f"{options.url}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
@@ -121,31 +139,38 @@ def _processes(options: Options) -> Generator[Processes]:
         "AMAZON_FT_DATA": str(Path.cwd()),
         "DO_NOT_TRACK": "1",
     }
-    if options.database_url:
-        env["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = options.database_url
-    processes = Processes({**os.environ, **env})
+    database = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": options.database_url}
+    return shared | {name: url for name, url in database.items() if url}
+
+
+@contextmanager
+def _processes(options: Options) -> Generator[Processes]:
+    processes = Processes({**os.environ, **environment(options)})
     try:
         yield processes
     finally:
         processes.stop()
 
 
-def _server(options: Options) -> list[str]:
+def server_command(options: Options) -> list[str]:
+    """The arguments of `prefect` that start the server."""
     return ["server", "start", "--host", options.host, "--port", str(options.port), "--ui" if options.ui else "--no-ui"]
 
 
 def _start_workers(processes: Processes, gpus: Sequence[Gpu]) -> dict[str, str]:
     """One worker for the parent flows, and one to a GPU; {worker: pool}."""
-    processes.start("cpu-0", *_worker("cpu-0", deploy.CPU_POOL))
+    processes.start("cpu-0", *worker_command("cpu-0", deploy.CPU_POOL))
     for number, gpu in enumerate(gpus):
-        limited = _worker(f"cuda-{number}", deploy.CUDA_POOL, "--limit", "1")
+        limited = worker_command(f"cuda-{number}", deploy.CUDA_POOL, "--limit", "1")
         processes.start(f"cuda-{number}", *limited, CUDA_VISIBLE_DEVICES=gpu.uuid)
     if not gpus:
-        processes.start("cuda-0", *_worker("cuda-0", deploy.CUDA_POOL, "--limit", "1"))
-    return {name: deploy.CPU_POOL if name == "cpu-0" else deploy.CUDA_POOL for name, _ in processes.started[1:]}
+        processes.start("cuda-0", *worker_command("cuda-0", deploy.CUDA_POOL, "--limit", "1"))
+    workers = [name for name in processes.started if name != "server"]
+    return {name: deploy.CPU_POOL if name == "cpu-0" else deploy.CUDA_POOL for name in workers}
 
 
-def _worker(name: str, pool: str, *options: str) -> list[str]:
+def worker_command(name: str, pool: str, *options: str) -> list[str]:
+    """The arguments of `prefect` that start a worker."""
     return ["worker", "start", "--name", name, "--pool", pool, "--type", "process", *options]
 
 

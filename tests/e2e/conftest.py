@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from served import Served, serve
 
 from checkout import Checkout
 from tasks.catalogue import lines
@@ -107,3 +109,16 @@ def tiny(finished: Tiny, tmp_path: Path) -> Tiny:
 def fresh(prefect_api: str, tmp_path: Path) -> Tiny:
     """A tiny recipe that never ran."""
     return make_tiny(tmp_path / "tiny")
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """`amazon-ft up`."""
+    with serve(tmp_path_factory.mktemp("served")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def long() -> list[str]:
+    """Settings of a training that can be killed, and goes on from its checkpoint."""
+    return ["finetune.max_steps=1500", "finetune.logging_steps=10", "finetune.save_steps=100"]

@@ -1,0 +1,194 @@
+"""`amazon-ft up` in a process of its own, and what a person does with it: runs, looks, kills."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from checkout import Checkout
+from tiny import make_tiny_model
+
+SIZES = [
+    "catalogue.rows=200",
+    "catalogue.malformed_lines=2",
+    "sample.rows=40",
+    "sample.eval_rows=6",
+    "finetune.warmup_steps=1",
+    "evaluate.generations=2",
+    "evaluate.max_new_tokens=8",
+]
+SHORT = ["finetune.max_steps=4", "finetune.logging_steps=1", "finetune.save_steps=2"]
+
+
+@dataclass
+class Served:
+    """A server, its workers, and their root."""
+
+    url: str
+    root: Path
+    model: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def home(self) -> Path:
+        return self.root / "home"
+
+    @property
+    def output(self) -> str:
+        """What `up` printed so far."""
+        return (self.root / "up.log").read_text()
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Another shell's: it knows the server's address, and has a PREFECT_HOME of its own."""
+        return os.environ | {"PREFECT_API_URL": f"{self.url}/api", "PREFECT_HOME": str(self.root / "other"), "DO_NOT_TRACK": "1"}
+
+    def overrides(self, *more: str) -> list[str]:
+        return [f"model.id={self.model}", *SIZES, *more]
+
+    def post(self, path: str, **body: Any) -> Any:
+        return self.request("POST", path, body).json()
+
+    def get(self, path: str) -> Any:
+        return self.request("GET", path).json()
+
+    def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        """As Prefect's client, tries again while SQLite is busy."""
+        for _ in range(20):
+            answer = httpx.request(method, f"{self.url}/api/{path}", json=body, timeout=60)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(0.5)
+        return answer.raise_for_status()
+
+    def deployment(self, name: str) -> dict[str, Any]:
+        return self.get(f"deployments/name/{name}")
+
+    def start(self, *overrides: str) -> str:
+        """The id of a new run of amazon-ft/demo."""
+        demo = self.deployment("amazon-ft/demo")["id"]
+        body = {"state": {"type": "SCHEDULED"}, "parameters": {"overrides": self.overrides(*overrides)}}
+        return self.post(f"deployments/{demo}/create_flow_run", **body)["id"]
+
+    def run(self, run: str) -> dict[str, Any]:
+        return self.get(f"flow_runs/{run}")
+
+    def children(self, run: str) -> list[dict[str, Any]]:
+        return self.post("flow_runs/filter", flow_runs={"parent_flow_run_id": {"any_": [run]}})
+
+    def child(self, run: str) -> dict[str, Any]:
+        """The one child of a run, as soon as it is there."""
+        return until(lambda: self.children(run))[0]
+
+    def ended(self, run: str, seconds: float = 150) -> dict[str, Any]:
+        """The run in its final state."""
+        final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+        return until(lambda: found if (found := self.run(run))["state_type"] in final else None, seconds)
+
+    def tasks(self, run: str) -> dict[str, str]:
+        """{task run: state} of a run."""
+        rows = self.post("task_runs/filter", flow_runs={"id": {"any_": [run]}}, limit=50)
+        return {row["name"]: row["state_name"] for row in rows}
+
+    def artifacts(self, run: str) -> dict[str, dict[str, Any]]:
+        rows = self.post("artifacts/filter", flow_runs={"id": {"any_": [run]}}, limit=50)
+        return {row["key"]: row for row in rows}
+
+    def logs(self, run: str) -> str:
+        rows = self.post("logs/filter", logs={"flow_run_id": {"any_": [run]}}, limit=200)
+        return "\n".join(row["message"] for row in rows)
+
+    def set_state(self, run: str, kind: str) -> None:
+        self.post(f"flow_runs/{run}/set_state", state={"type": kind}, force=False)
+
+    def steps(self) -> int:
+        """Training steps that were logged so far, over all trainings."""
+        return sum(len(log.read_text().splitlines()) for log in (self.home / "work").glob("*/train_log.jsonl"))
+
+    def training(self, run: str) -> str:
+        """The id of a run's child once it trains: some steps later than now."""
+        before = self.steps()
+        child = self.child(run)["id"]
+        until(lambda: self.steps() > before or self.run(child)["state_type"] not in ("SCHEDULED", "PENDING", "RUNNING"))
+        assert self.run(child)["state_type"] == "RUNNING", self.run(child)["state"]
+        return child
+
+    def newest_checkpoint(self) -> int:
+        return max((int(path.name.split("-")[1]) for path in (self.home / "work").glob("*/checkpoint-*")), default=0)
+
+    def process_of(self, run: str) -> psutil.Process:
+        """The process that executes a run."""
+        return next(process for process in self.processes() if _environment(process).get("PREFECT__FLOW_RUN_ID") == run)
+
+    def process_named(self, *words: str) -> psutil.Process:
+        """The process of the server or of a worker."""
+        return next(process for process in self.processes() if set(words) <= set(process.cmdline()))
+
+    def processes(self) -> list[psutil.Process]:
+        """All that `up` started, by the root in their environment."""
+        found = (process for process in psutil.process_iter() if process.pid != os.getpid())
+        return [process for process in found if _environment(process).get("AMAZON_FT_HOME") == str(self.home)]
+
+    def stop(self) -> None:
+        """Ctrl-C."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(90)
+
+
+def until(found: Callable[[], Any], seconds: float = 120) -> Any:
+    """What is found, as soon as it is; the server may be away."""
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        with suppress(httpx.HTTPError):
+            if value := found():
+                return value
+        time.sleep(0.3)
+    pytest.fail(f"not found within {seconds} s")
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    with suppress(psutil.Error):
+        return process.environ()
+    return {}
+
+
+@contextmanager
+def serve(root: Path, *options: str) -> Iterator[Served]:
+    """`amazon-ft up` of a copy of the project until the block ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    checkout = Checkout.copy_to(root / "checkout")
+    own = {"AMAZON_FT_HOME": str(root / "home"), "PREFECT_HOME": str(root / "prefect"), "OMP_NUM_THREADS": "1"}
+    with (root / "up.log").open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", "up", "--port", str(port), *options],
+            env=os.environ | own | {"PYTHONPATH": str(checkout.path), "PYTHONUNBUFFERED": "1"},
+            cwd=root,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    served = Served(f"http://127.0.0.1:{port}", root, make_tiny_model(root / "model"), process)
+    try:
+        until(lambda: "Ctrl-C" in served.output or process.poll() is not None)
+        assert process.poll() is None, served.output
+        yield served
+    finally:
+        served.stop()
+
+
+__all__ = ["SHORT", "SIZES", "Served", "serve", "until"]

@@ -1,0 +1,153 @@
+"""Deployed: `amazon-ft up`, then `prefect deployment run amazon-ft/demo` from another shell, and all that may go wrong.
+
+Only the model's directory and sizes differ from the shipped demo.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+from served import SHORT, Served, until
+
+PREPARED = ["catalogue", "ingest", "sample", "sharegpt", "template", "tokenize"]
+
+
+@pytest.fixture(scope="module")
+def finished_run(served: Served) -> str:
+    """A run by Prefect's own command line that found no cuda worker at first; its id."""
+    worker = served.process_named("--name", "cuda-0")
+    worker.send_signal(signal.SIGSTOP)
+    workers = "work_pools/cuda/workers"
+    until(lambda: served.post(f"{workers}/filter"))
+    served.request("DELETE", f"{workers}/cuda-0")
+    command = [sys.executable, "-m", "prefect", "deployment", "run", "amazon-ft/demo", "--param"]
+    done = subprocess.run(
+        [*command, f"overrides={json.dumps(served.overrides(*SHORT))}"],
+        env=served.env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = until(lambda: served.post("flow_runs/filter", flows={"name": {"any_": ["amazon-ft"]}}))[0]["id"]
+    until(lambda: "demo-worker" in served.artifacts(run))
+    worker.send_signal(signal.SIGCONT)
+    served.ended(run)
+    return run
+
+
+def test_up_says_how_to_use_it_and_that_there_is_no_gpu(served: Served) -> None:
+    assert f"export PREFECT_API_URL={served.url}/api" in served.output
+    assert "prefect deployment run amazon-ft/" in served.output
+
+
+def test_every_deployment_is_registered_with_an_inactive_weekly_schedule(served: Served) -> None:
+    for name in ("default", "as-written", "fast", "demo"):
+        deployment = served.deployment(f"amazon-ft/{name}")
+        assert deployment["work_pool_name"] == "cpu"
+        assert deployment["parameters"]["config"]["name"] == name
+        assert [schedule["active"] for schedule in deployment["schedules"]] == [False]
+        assert deployment["enforce_parameter_schema"]
+        assert "Recipe" in deployment["parameter_openapi_schema"]["definitions"]
+    assert served.deployment("amazon-ft-train/cuda")["work_pool_name"] == "cuda"
+    assert served.get("work_pools/cuda")["concurrency_limit"] == 1
+    assert served.post("automations/filter")[0]["enabled"]
+
+
+def test_run_completes_and_trains_on_the_cuda_pool(served: Served, finished_run: str) -> None:
+    run, child = served.run(finished_run), served.child(finished_run)
+    assert (run["state_type"], child["state_type"]) == ("COMPLETED", "COMPLETED"), (run["state"], child["state"])
+    assert (run["work_pool_name"], child["work_pool_name"]) == ("cpu", "cuda")
+    assert child["deployment_id"] == served.deployment("amazon-ft-train/cuda")["id"]
+    assert child["id"] in (served.home / "logs" / "cuda-0.log").read_text()
+    assert served.tasks(child["id"]) == {"finetune": "Completed", "evaluate": "Completed"}
+    tasks = served.tasks(finished_run)
+    assert {name: tasks[name] for name in PREPARED} == dict.fromkeys(PREPARED, "Completed")
+
+
+def test_names_and_tags_say_recipe_size_and_configuration(served: Served, finished_run: str) -> None:
+    run, child = served.run(finished_run), served.child(finished_run)
+    digest = run["name"].split()[-1]
+    assert run["name"] == child["name"] == f"demo 40 rows {digest}"
+    assert set(run["tags"]) == set(child["tags"]) == {"amazon-ft", "demo", "40 rows", digest}
+
+
+def test_missing_worker_is_said_with_the_command_that_starts_one(served: Served, finished_run: str) -> None:
+    command = f"export PREFECT_API_URL={served.url}/api AMAZON_FT_HOME={served.home}\nprefect worker start --pool cuda"
+    assert command in until(lambda: served.logs(finished_run))
+    assert "begun" in served.artifacts(finished_run)["demo-worker"]["data"]
+
+
+def test_artifacts_of_both_runs_are_readable(served: Served, finished_run: str) -> None:
+    shown = served.artifacts(finished_run)
+    data = {key.removeprefix("demo-"): row["data"] for key, row in shown.items()}
+    assert "set aside: malformed | 2 " in data["source"]
+    assert "⟦" in data["rows"]
+    assert "Responda à pergunta" in data["rows"]
+    assert "data:image/svg+xml;base64," in data["token-lengths"]
+    assert "| nll |" in data["evaluation"]
+    assert "| finetune | cached |" in data["stages"]
+    assert str(served.home / "models" / "demo" / "unsloth_model_optimized") in data["model"]
+    assert shown["demo-model-link"]["type"] == "link"
+    training = served.artifacts(served.child(finished_run)["id"])
+    assert training["demo-training-progress"]["type"] == "progress"
+    assert training["demo-training-progress"]["data"] == 100
+    assert "data:image/svg+xml;base64," in training["demo-training"]["data"]
+
+
+def test_logs_of_the_stages_reach_the_server(served: Served, finished_run: str) -> None:
+    child = served.child(finished_run)["id"]
+    assert until(lambda: "step 4 of 4" in served.logs(child))
+
+
+def test_second_run_is_all_cached_without_a_child(served: Served, finished_run: str) -> None:
+    again = served.start(*SHORT)
+    assert served.ended(again)["state_type"] == "COMPLETED"
+    assert served.children(again) == []
+    assert set(served.tasks(again).values()) == {"Cached"}
+
+
+def test_failure_of_the_training_reaches_the_parent_in_its_own_words(served: Served, finished_run: str) -> None:
+    run = served.start(*SHORT, "finetune.max_loss=0.001")
+    assert served.ended(run)["state_type"] == "FAILED"
+    message = served.run(run)["state"]["message"]
+    assert "DivergedError: finetune step 1: training diverged" in message
+    assert message.endswith(served.child(run)["state"]["message"])
+
+
+def test_killed_training_process_crashes_child_and_parent(served: Served, finished_run: str, long: list[str]) -> None:
+    run = served.start(*long)
+    child = served.training(run)
+    served.process_of(child).kill()
+    assert served.ended(child, 120)["state_type"] == "CRASHED"
+    assert served.ended(run, 120)["state_type"] == "CRASHED"
+    assert "SIGKILL" in served.run(run)["state"]["message"]
+
+
+def test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint(
+    served: Served, finished_run: str, long: list[str]
+) -> None:
+    run = served.start(*long)
+    child = served.training(run)
+    before = served.newest_checkpoint()
+    served.set_state(run, "CANCELLING")
+    assert served.ended(run)["state_type"] == "CANCELLED"
+    until(lambda: served.newest_checkpoint() > before, 30)
+    until(lambda: served.run(child)["state_type"] == "CANCELLED", 60)
+
+
+def test_killed_worker_crashes_its_run_with_the_cause_and_up_starts_it_again(
+    served: Served, finished_run: str, long: list[str]
+) -> None:
+    run = served.start(*long)
+    child = served.training(run)
+    worker = served.process_named("--name", "cuda-0")
+    worker.kill()
+    assert served.ended(child, 120)["state_type"] == "CRASHED"
+    assert "worker that ran this was killed" in served.run(child)["state"]["message"]
+    assert served.ended(run, 120)["state_type"] == "CRASHED"
+    until(lambda: served.process_named("--name", "cuda-0").pid != worker.pid)

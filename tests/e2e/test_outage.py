@@ -1,0 +1,36 @@
+"""The server goes away in the middle of a training, and everything ends with Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+from served import Served, until
+
+OUTAGE_SECONDS = 20
+
+
+@pytest.mark.slow
+def test_training_goes_on_while_the_server_is_away(served: Served, long: list[str]) -> None:
+    run = served.start(*long, "finetune.max_steps=2500", "finetune.seed=1")
+    child = served.training(run)
+    served.process.send_signal(signal.SIGSTOP)  # or it would start the server again
+    served.process_named("server", "start").kill()
+    before, counts = served.steps(), list[int]()
+    for _ in range(4):
+        time.sleep(OUTAGE_SECONDS / 4)
+        counts.append(served.steps())
+    served.process.send_signal(signal.SIGCONT)
+    assert before < counts[0]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1] or counts[-1] % 2500 == 0  # the end of the training
+    assert served.ended(child, 200)["state_type"] == "COMPLETED"
+    assert served.ended(run)["state_type"] == "COMPLETED", served.run(run)["state"]
+
+
+def test_ctrl_c_ends_everything_it_started_and_nothing_else(served: Served) -> None:
+    assert len(served.processes()) >= 4
+    served.stop()
+    assert served.process.returncode == 0
+    until(lambda: not served.processes(), 20)
