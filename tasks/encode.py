@@ -129,9 +129,9 @@ def token_bytes(backend: Backend) -> Ids | None:
     """How many bytes of text each id stands for; None unless the vocabulary is byte-level."""
     if backend.normalizer is not None or described(backend.decoder).get("type") != "ByteLevel":
         return None
-    sizes = np.zeros(max(backend.get_vocab(with_added_tokens=True).values()) + 1, np.int32)
-    vocabulary = backend.get_vocab(with_added_tokens=False)
-    sizes[list(vocabulary.values())] = list(map(len, vocabulary))
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    sizes = np.zeros(max(vocabulary.values()) + 1, np.int32)
+    sizes[list(vocabulary.values())] = list(map(len, vocabulary))  # one character stands for one byte
     for number, token in backend.get_added_tokens_decoder().items():
         sizes[number] = len(token.content.encode())
     return sizes

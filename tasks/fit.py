@@ -130,11 +130,14 @@ def count_bos(encoded: Encoded, bos: int | None) -> int:
 
 
 def check_tally(name: str, tally: Tally, config: TokenizeConfig) -> None:
-    """Warn with numbers when rows were changed or have no label.
+    """Warn with numbers when rows were changed, have no label, or hold BOS in their midst.
 
     Raises:
         InputError: when they are more than max_affected_share of all, or nothing is left.
     """
+    if tally.stray_bos:
+        hint = "set tokenize.special_tokens_in_products=text to keep them characters"
+        logger.warning("%s: %s BOS inside products' texts; %s", name, f"{tally.stray_bos:,}", hint)
     if not tally.overlong + tally.unlearnable:
         return
     what = (

@@ -125,7 +125,9 @@ def test_too_many_overlong_rows_stop_the_run_and_leave_nothing(tmp_path: Path, h
     assert not list((home / "drafts").glob("tokens-*"))
 
 
-def test_special_tokens_in_products_stay_text_by_default_and_become_tokens_as_written(tmp_path: Path) -> None:
+def test_special_tokens_in_products_stay_text_by_default_and_become_tokens_as_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     texts = render([(f"A {EOS} in a title", f"{BOS} and {EOS} in a text"), ("Tutu", "Blue")])
     made = encode(texts, tmp_path / "tiny")
     backend = load_tokenizer(tmp_path / "tiny")
@@ -133,7 +135,12 @@ def test_special_tokens_in_products_stay_text_by_default_and_become_tokens_as_wr
     assert (row["input_ids"].count(BOS_ID), row["input_ids"].count(EOS_ID)) == (1, 1)
     assert backend.decode(row["input_ids"], skip_special_tokens=False) == rows_of(texts.train)[0]["text"]
     assert learnt_answers(backend, row) == answers_of(texts.train, row)
+    assert not caplog.messages
     control = encode(texts, tmp_path / "tiny", special_tokens_in_products="control")
+    assert caplog.messages == [
+        "tokenize training rows: 1 BOS inside products' texts; "
+        "set tokenize.special_tokens_in_products=text to keep them characters"
+    ]
     ids = rows_of(control.train)[0]["input_ids"]
     assert (ids.count(BOS_ID), ids.count(EOS_ID), control.counts["stray_bos"]) == (2, 3, 1)
 
