@@ -130,7 +130,6 @@ def _publish(job: Job, last: Path, peak_gib: float | None) -> Adapter:
         shutil.copyfile(last / ADAPTER_FILES[0], draft / ADAPTER_FILES[0])
         config = json.loads((last / ADAPTER_FILES[1]).read_text())
         (draft / ADAPTER_FILES[1]).write_bytes(adapter_config(config, job.model.name))
-        draft.rows = step_of(last)
     with store.publish("training-log") as log:
         shutil.copyfile(job.work / LOG, log / LOG)
         (log / RESOLVED).write_text(json.dumps({**job.resolved.model_dump(), "peak_gib": peak_gib}, indent=1))

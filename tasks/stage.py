@@ -291,7 +291,8 @@ class Stage(Generic[P, R]):
                 "seconds": round(seconds, 3),
             }
             entry["state"] = "cached" if entry["state"] == "cached" else "completed"
-        logger.info("%s %s: %s rows in %.1f s", self.name, entry["state"], f"{main.rows:,}", seconds)
+        made = f": {main.rows:,} rows" if main.rows else ""
+        logger.info("%s %s%s in %.1f s", self.name, entry["state"], made, seconds)
         return value
 
     def _explain(self, key: str, inputs: Mapping[str, Any], miss: str) -> str:
