@@ -22,6 +22,7 @@ from tasks.merged_prompt import Block, merge_columns, parse_merged_prompt
 from tasks.refs import Artifact, Split
 from tasks.stage import stage
 from tasks.store import publish
+from tasks.stream import in_order
 from tasks.tables import Gather, bounded_ranges, one_batch, read_table, row_lists, text_bytes, write_table
 
 if TYPE_CHECKING:
@@ -83,21 +84,26 @@ def _turns(products: pa.Table, blocks: Sequence[Block], output_column: str) -> I
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    for start, end in bounded_ranges(text_bytes(products, "title", "content")):
-        batch = one_batch(products.slice(start, end - start))
+    def turns(span: tuple[int, int]) -> pa.RecordBatch:
+        batch = one_batch(products.slice(span[0], span[1] - span[0]))
         columns = [batch["uid"], merge_columns(batch, blocks), pc.fill_null(batch[output_column], "")]
-        yield pa.RecordBatch.from_arrays(columns, schema=_turns_schema())
+        return pa.RecordBatch.from_arrays(columns, schema=_turns_schema())
+
+    return in_order(turns, bounded_ranges(text_bytes(products, "title", "content")))
 
 
 def _conversations(turns: pa.Table, rows: NDArray[np.int32], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
 
     width, gather = rows.shape[1], Gather(turns)
-    for start, end in bounded_ranges(text_bytes(turns, "prompt", "answer")[rows].sum(axis=1)):
-        flat = rows[start:end].ravel()
+
+    def conversations(span: tuple[int, int]) -> pa.RecordBatch:
+        flat = rows[slice(*span)].ravel()
         taken = gather(flat)
         columns = [row_lists(taken["uid"], width), row_lists(pa.array(flat), width), conversation_lists(taken, width)]
-        yield pa.RecordBatch.from_arrays(columns, schema=schema)
+        return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+    return in_order(conversations, bounded_ranges(text_bytes(turns, "prompt", "answer")[rows].sum(axis=1)))
 
 
 def _convert(products: Artifact, config: SharegptConfig, *, extension: int) -> Artifact:

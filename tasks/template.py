@@ -25,6 +25,7 @@ from tasks.config import TemplateConfig
 from tasks.refs import Artifact, ConfigError, Special, Split, Texts
 from tasks.stage import stage
 from tasks.store import publish
+from tasks.stream import in_order
 from tasks.tables import Gather, bounded_ranges, list_sums, one_batch, read_table, row_lists, text_bytes, write_table
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def write_texts(conversations: Artifact, draft: Path, template: Mapping[str, str
     columns = ("uid", "prompt", "question", "answer")
     write_table(draft / "turns.arrow", pa.schema([(name, pa.string()) for name in columns]), _questioned(turns, config))
     asked = read_table(draft / "turns.arrow")
-    table = read_table(conversations / "conversations.arrow").select(["uids", "products"])
+    table = read_table(conversations / "conversations.arrow").select(["products"])
     schema = pa.schema({"uids": pa.list_(pa.string()), "products": pa.list_(pa.int32()), "text": pa.string()})
     return write_table(draft / "texts.arrow", schema, _rendered(table, asked, template, schema))
 
@@ -134,13 +135,15 @@ def _rendered(
     import pyarrow as pa
 
     gather = Gather(turns)
-    for start, end in bounded_ranges(list_sums(text_bytes(turns, "prompt", "answer"), table["products"])):
-        batch = one_batch(table.slice(start, end - start))
-        rows = batch["products"].flatten().to_numpy()
-        width = len(rows) // (end - start)
+
+    def texts(span: tuple[int, int]) -> pa.RecordBatch:
+        rows = one_batch(table.slice(span[0], span[1] - span[0]))["products"].flatten().to_numpy()
+        width = len(rows) // (span[1] - span[0])
         taken = gather(rows)
         text = join_turns(render_turns(taken, template), width, template)
-        yield pa.RecordBatch.from_arrays([row_lists(taken["uid"], width), row_lists(pa.array(rows), width), text], schema=schema)
+        return pa.RecordBatch.from_arrays([row_lists(taken["uid"], width), row_lists(pa.array(rows), width), text], schema=schema)
+
+    return in_order(texts, bounded_ranges(list_sums(text_bytes(turns, "prompt", "answer"), table["products"])))
 
 
 def _render(conversations: Artifact, template: Mapping[str, str | None], config: TemplateConfig) -> Artifact:
