@@ -78,6 +78,12 @@ def register() -> None:
         raise PipelineError(f"deploy: prefect deploy: ended with {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}")
 
 
+def template_of(pools: PoolType, name: str) -> Path:
+    """The job template of a pool; processes need no other one for a GPU."""
+    stem = pools.value if pools is PoolType.PROCESS else f"{pools}-{name}"
+    return DEPLOYMENTS / "pools" / f"{stem}.json"
+
+
 def online_workers(pool: str) -> list[str]:
     """Names of the workers that poll a pool now; none when there is no such pool."""
     from prefect.client.orchestration import get_client
@@ -97,7 +103,7 @@ def _set_up_pool(client: SyncPrefectClient, name: str, pools: PoolType, limit: i
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
     from prefect.exceptions import ObjectNotFound
 
-    template = json.loads((DEPLOYMENTS / "pools" / f"{pools}.json").read_text())
+    template = json.loads(template_of(pools, name).read_text())
     try:
         there = client.read_work_pool(name).type
     except ObjectNotFound:

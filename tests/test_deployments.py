@@ -1,0 +1,183 @@
+"""What is registered with a server, and what it starts: the forms, the job templates, the compose file, the images.
+
+No Docker daemon, cluster or GPU is needed: job templates go through the worker classes that would use them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import yaml
+
+from checkout import PROJECT
+from flows import deploy
+from flows.recipes import shipped_names
+
+POOLS = sorted((PROJECT / "deployments" / "pools").glob("*.json"))
+HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
+
+
+def template(name: str) -> dict[str, Any]:
+    return json.loads((PROJECT / "deployments" / "pools" / f"{name}.json").read_text())
+
+
+def prepared(worker: Any, name: str, **values: Any) -> Any:
+    """The job that a worker would start from a template."""
+    from prefect.client.schemas.objects import Flow, FlowRun
+
+    configuration = asyncio.run(worker.job_configuration.from_template_and_values(template(name), values))
+    flow_run = FlowRun(id=uuid4(), flow_id=uuid4(), name="demo 40 rows 00000000")
+    configuration.prepare_for_flow_run(flow_run, flow=Flow(id=flow_run.flow_id, name="amazon-ft"))
+    return configuration
+
+
+def test_prefect_yaml_names_every_shipped_recipe_and_the_training() -> None:
+    settings = yaml.safe_load(deploy.PREFECT_FILE.read_text())
+    names = {item["name"]: item for item in settings["deployments"]}
+    assert sorted(names) == sorted([*shipped_names(), "cuda"])
+    assert all(names[name]["parameters"]["config"] == f"{{{{ recipes.{name} }}}}" for name in shipped_names())
+    assert f"amazon-ft-train/{'cuda'}" == deploy.TRAINING
+    assert {item["work_pool"]["name"] for item in names.values()} == {deploy.CPU_POOL, deploy.CUDA_POOL}
+
+
+def test_read_recipes_gives_what_the_files_say_and_a_valid_recipe() -> None:
+    from tasks.config import Recipe
+
+    recipes = deploy.read_recipes()
+    assert sorted(recipes) == shipped_names()
+    assert "weight_decay" not in recipes["demo"]["finetune"]
+    assert all(Recipe.model_validate(recipe).name == name for name, recipe in recipes.items())
+
+
+def test_data_directory_is_the_given_one_or_where_the_worker_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWD", "/somewhere")
+    monkeypatch.delenv("AMAZON_FT_DATA", raising=False)
+    assert deploy.enter_data_directory() == {"directory": "/somewhere"}
+    monkeypatch.setenv("AMAZON_FT_DATA", "/source")
+    assert deploy.enter_data_directory() == {"directory": "/source"}
+
+
+def test_every_pool_type_has_templates_for_both_pools() -> None:
+    for pools in deploy.PoolType:
+        assert deploy.template_of(pools, deploy.CPU_POOL).is_file()
+        assert deploy.template_of(pools, deploy.CUDA_POOL).is_file()
+
+
+@pytest.mark.parametrize("path", POOLS, ids=lambda path: path.stem)
+def test_template_is_valid_for_prefect_and_every_placeholder_has_a_variable(path: Path) -> None:
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.utilities.templating import find_placeholders
+
+    content = json.loads(path.read_text())
+    WorkPoolCreate(name="p", type=path.stem.split("-")[0], base_job_template=content)
+    names = {placeholder.name for placeholder in find_placeholders(content["job_configuration"])}
+    assert names == set(content["variables"]["properties"])
+    assert HEARTBEAT.items() <= content["variables"]["properties"]["env"]["default"].items()
+
+
+def test_process_job_sends_heartbeats(prefect_api: str) -> None:
+    from prefect.workers.process import ProcessWorker
+
+    job = prepared(ProcessWorker, "process")
+    assert HEARTBEAT.items() <= job.env.items()
+
+
+@pytest.mark.parametrize("pool", ["cpu", "cuda"])
+def test_docker_job_asks_for_one_gpu_where_it_trains(prefect_api: str, pool: str) -> None:
+    worker = pytest.importorskip("prefect_docker.worker", exc_type=ImportError).DockerWorker
+    job = prepared(worker, f"docker-{pool}")
+    kwargs = job.container_create_kwargs
+    assert job.image == f"amazon-ft:{pool}"
+    assert job.volumes == ["amazon-ft_data:/data"]
+    assert kwargs.get("shm_size") == ("8g" if pool == "cuda" else None)
+    wanted = [{"Driver": "nvidia", "Count": 1, "Capabilities": [["gpu"]]}] if pool == "cuda" else None
+    assert kwargs.get("device_requests") == wanted
+    assert job.env["AMAZON_FT_HOME"] == "/data"
+
+
+@pytest.mark.parametrize("pool", ["cpu", "cuda"])
+def test_kubernetes_job_asks_for_one_gpu_where_it_trains(prefect_api: str, pool: str) -> None:
+    worker = pytest.importorskip("prefect_kubernetes.worker", exc_type=ImportError).KubernetesWorker
+    pod = prepared(worker, f"kubernetes-{pool}").job_manifest["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    gpu = pool == "cuda"
+    assert container["resources"]["limits"].get("nvidia.com/gpu") == (1 if gpu else None)
+    assert pod["nodeSelector"] == ({"nvidia.com/gpu.present": "true"} if gpu else {})
+    assert [entry["key"] for entry in pod["tolerations"]] == (["nvidia.com/gpu"] if gpu else [])
+    claims = {volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume}
+    assert claims == {"amazon-ft-home", "amazon-ft-source"}
+    assert {"name": "AMAZON_FT_HOME", "value": "/data"} in container["env"]
+
+
+def test_automation_is_one_that_prefect_accepts() -> None:
+    from prefect.events.schemas.automations import AutomationCore
+
+    (settings,) = yaml.safe_load((PROJECT / "deployments" / "automations.yaml").read_text())["automations"]
+    automation = AutomationCore.model_validate(settings)
+    assert automation.trigger.within.total_seconds() == 90
+    assert "prefect.flow-run.Completed" in automation.trigger.expect
+
+
+def test_compose_takes_its_password_from_the_environment_and_listens_on_loopback() -> None:
+    text = (PROJECT / "docker" / "compose.yaml").read_text()
+    services = yaml.safe_load(text)["services"]
+    assert "POSTGRES_PASSWORD:-" not in text
+    assert text.count("${POSTGRES_PASSWORD:?") == 2
+    assert services["server"]["ports"] == ["127.0.0.1:4200:4200"]
+    (device,) = services["cuda-worker"]["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", 1, ["gpu"])
+    assert services["cpu-worker"]["volumes"] == services["cuda-worker"]["volumes"]
+
+
+def test_compose_file_fits_its_schema() -> None:
+    if find_spec("check_jsonschema") is None:
+        pytest.skip("check-jsonschema is not installed")
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*check, str(PROJECT / "docker" / "compose.yaml")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("file", ["Dockerfile.cpu", "Dockerfile.cuda"])
+def test_dockerfile_passes_hadolint(file: str) -> None:
+    hadolint = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    if hadolint is None:
+        pytest.skip("hadolint is not installed")
+    done = subprocess.run([hadolint, str(PROJECT / "docker" / file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("file", ["Dockerfile.cpu", "Dockerfile.cuda"])
+def test_image_runs_as_nobody_special_from_a_pinned_base_with_a_health_check(file: str) -> None:
+    lines = (PROJECT / "docker" / file).read_text().splitlines()
+    assert "USER 10001" in lines
+    assert any(line.startswith("HEALTHCHECK") for line in lines)
+    bases = [line.split()[1] for line in lines if line.startswith("FROM")]
+    assert all(any(part.isdigit() for part in base.split(":")[1].replace("-", ".").split(".")) for base in bases)
+    assert not any(base.endswith(":latest") for base in bases)
+
+
+def test_image_gets_the_dependencies_of_pyproject() -> None:
+    done = subprocess.run(
+        [sys.executable, "docker/list_dependencies.py", "cuda"], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    listed = done.stdout.splitlines()
+    assert any(line.startswith("prefect>=") for line in listed)
+    assert any(line.startswith("unsloth>=") for line in listed)
+
+
+def test_docker_context_holds_all_that_the_images_copy() -> None:
+    allowed = {line[1:] for line in (PROJECT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for file in ("Dockerfile.cpu", "Dockerfile.cuda"):
+        copies = [line.split() for line in (PROJECT / "docker" / file).read_text().splitlines() if line.startswith("COPY")]
+        wanted = {source for words in copies if "--from=build" not in words for source in words[1:-1]}
+        assert wanted <= allowed
+        assert all((PROJECT / source).exists() for source in wanted)
