@@ -322,3 +322,73 @@ def test_a_scoring_process_that_ends_early_is_an_error(
     ):
         score(request_of(adapter="/nowhere"))
     assert "/nowhere" in capfd.readouterr().err
+
+
+# On a GPU
+
+
+@pytest.fixture(scope="module")
+def wide(root: Path) -> Model:
+    """A model whose heads are as wide as a GPU's kernels want them."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    return tiny_reference(make_tiny_model(root / "wide", hidden=256))
+
+
+GPU = AS_DEFAULT | {"device": "cuda", "dtype": "auto"}
+
+
+@pytest.fixture(scope="module")
+def by_unsloth_on_gpu(root: Path, wide: Model) -> dict[str, Any]:
+    needs_unsloth()
+    return train_apart(root, wide, GPU)[0]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_unsloth_resolves_what_the_gpu_can_and_the_estimate_bounds_the_peak_from_below(
+    by_unsloth_on_gpu: dict[str, Any],
+) -> None:
+    import torch
+
+    adapter = Adapter(**by_unsloth_on_gpu["adapter"])
+    resolved = json.loads((adapter.log / "resolved.json").read_text())
+    assert resolved["dtype"] == ("bfloat16" if torch.cuda.is_bf16_supported() else "float16")
+    assert (resolved["optimizer"], resolved["device_name"]) == ("adamw_8bit", torch.cuda.get_device_name())
+    assert resolved["estimated_gib"]["total"] <= resolved["peak_gib"] < resolved["free_gib"]
+    assert len(log_of(adapter)) == 12
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_both_backends_lose_the_same(wide: Model, by_unsloth_on_gpu: dict[str, Any]) -> None:
+    plain = train(wide, tiny_tokens(40), **GPU | {"backend": "hf", "gradient_checkpointing": "full"})
+    ours = log_of(Adapter(**by_unsloth_on_gpu["adapter"]))
+    assert [record.loss for record in log_of(plain)] == pytest.approx([record.loss for record in ours], rel=0.01)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_unsloth_goes_on_from_a_checkpoint(root: Path, wide: Model, by_unsloth_on_gpu: dict[str, Any]) -> None:
+    whole = log_of(Adapter(**by_unsloth_on_gpu["adapter"]))
+    work = root / "home" / "work" / finetune.key(inputs(wide, tiny_tokens(40), **GPU | {"backend": "unsloth"}))[:32]
+    (checkpoints(work)[0] / "seal.json").unlink()
+    (again,) = train_apart(root, wide, GPU)
+    resumed = log_of(Adapter(**again["adapter"]))
+    assert [record.loss for record in resumed[:8]] == [record.loss for record in whole[:8]]
+    assert [record.loss for record in resumed] == pytest.approx([record.loss for record in whole], rel=0.01)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_adapter_scores_as_on_the_cpu(
+    wide: Model, by_unsloth_on_gpu: dict[str, Any], request_of: Callable[..., Request]
+) -> None:
+    adapter = str(Adapter(**by_unsloth_on_gpu["adapter"]).data.path)
+    on_cpu, on_gpu = (score_here(request_of(model=wide, adapter=adapter, device=device)) for device in ("cpu", "cuda"))
+    assert on_gpu.tuned.nll == pytest.approx(on_cpu.tuned.nll, rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_on_a_full_gpu_a_training_is_refused_with_the_estimate(wide: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.backends.hardware.free_gib", lambda _: 0.001)
+    with pytest.raises(InputError, match=r"^device: too little GPU memory: got 0\.0 GiB free; expected at least"):
+        train(wide, tiny_tokens(40), **GPU | {"backend": "hf", "gradient_checkpointing": "full", "seed": 6})
