@@ -107,26 +107,24 @@ def write_texts(conversations: Artifact, draft: Path, template: Mapping[str, str
     import pyarrow as pa
 
     turns = read_table(conversations / "turns.arrow")
-    columns = ("uid", "prompt", "question", "answer")
-    write_table(draft / "turns.arrow", pa.schema([(name, pa.string()) for name in columns]), _questioned(turns, config))
+    columns = pa.schema([(name, pa.string()) for name in ("uid", "prompt", "question", "answer")])
+    write_table(draft / "turns.arrow", columns, _questioned(turns, config, columns))
     asked = read_table(draft / "turns.arrow")
     table = read_table(conversations / "conversations.arrow").select(["products"])
     schema = pa.schema({"uids": pa.list_(pa.string()), "products": pa.list_(pa.int32()), "text": pa.string()})
     return write_table(draft / "texts.arrow", schema, _rendered(table, asked, template, schema))
 
 
-def _questioned(turns: pa.Table, config: TemplateConfig) -> Iterator[pa.RecordBatch]:
+def _questioned(turns: pa.Table, config: TemplateConfig, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """The turns with a question each, or with the literal text {question}."""
     import pyarrow as pa
 
     questions = config.questions if config.fill_question else (QUESTION,)
-    drawn = pa.array(questions).take(pa.array(draw_questions(turns.num_rows, questions, config.seed)))
+    drawn = draw_questions(turns.num_rows, questions, config.seed)
     for start, end in bounded_ranges(text_bytes(turns, "prompt", "answer")):
         batch = one_batch(turns.slice(start, end - start))
-        yield pa.RecordBatch.from_arrays(
-            [batch["uid"], batch["prompt"], drawn.slice(start, end - start), batch["answer"]],
-            names=["uid", "prompt", "question", "answer"],
-        )
+        asked = pa.array(questions).take(pa.array(drawn[start:end]))
+        yield pa.RecordBatch.from_arrays([batch["uid"], batch["prompt"], asked, batch["answer"]], schema=schema)
 
 
 def _rendered(

@@ -59,6 +59,15 @@ def merging_tokenizer() -> Tokenizer:
     return backend
 
 
+def digits_tokenizer() -> Tokenizer:
+    """As SmolLM2's: each digit is a word."""
+    backend = make_tiny_tokenizer()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return backend
+
+
 def sentencepiece_like(*, metaspace: bool) -> Tokenizer:
     """A BPE with byte fallback, not byte-level: as Llama 2's, a segment at a time, or with Metaspace, a word at a time."""
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
@@ -123,7 +132,7 @@ def test_ids_equal_the_whole_text_and_the_answers_alone_are_learnt(width: int) -
     ],
 )
 @pytest.mark.parametrize("special", [SPECIAL, Special(bos=None, eos=EOS)], ids=["bos", "no bos"])
-@pytest.mark.parametrize("make", [make_tiny_tokenizer, merging_tokenizer])
+@pytest.mark.parametrize("make", [make_tiny_tokenizer, merging_tokenizer, digits_tokenizer])
 def test_other_templates_give_the_whole_texts_ids(template: str, special: Special, make: Any) -> None:
     backend, about, turns = make(), described(template, special), turns_of(golden_products())
     encoder = choose_encoder(backend, batch_of(turns), 2, about, plain=False)
