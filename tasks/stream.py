@@ -55,9 +55,8 @@ def fixed_batches(
     >>> [batch["title"].to_pylist() for batch in fixed_batches(tables, max_bytes=3)]
     [['a', 'b', 'c'], ['long']]
     """
-    import pyarrow as pa
-
-    pending, rows, size = list[pa.Table](), 0, 0
+    pending: list[pa.Table] = []
+    rows, size = 0, 0
     for table in tables:
         ends, start = np.cumsum(text_bytes(table, *table.column_names)), 0
         while start < table.num_rows:
@@ -67,10 +66,17 @@ def fixed_batches(
             pending.append(table.slice(start, end - start))
             rows, size, start = rows + end - start, size + int(ends[end - 1]) - before, end
             if rows == max_rows or size >= max_bytes:
-                yield one_batch(pa.concat_tables(pending))
+                yield _joined(pending)
                 pending, rows, size = [], 0, 0
     if pending:
-        yield one_batch(pa.concat_tables(pending))
+        yield _joined(pending)
+
+
+def _joined(tables: list[pa.Table]) -> pa.RecordBatch:
+    """One batch in buffers of its own: the writer would pad a lone slice with its neighbour's bytes."""
+    import pyarrow as pa
+
+    return one_batch(pa.concat_tables([*tables, tables[0].slice(0, 0)]))
 
 
 __all__ = ["fixed_batches", "in_order"]
