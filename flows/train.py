@@ -13,6 +13,7 @@ from flows.gpus import one_gpu
 from flows.names import name_run
 from tasks import runs
 from tasks.config import Recipe
+from tasks.model import with_weights
 from tasks.refs import Adapter, Evaluation, Prepared
 from tasks.stage import StageReached, ending_with, last_stage
 
@@ -28,5 +29,6 @@ def amazon_ft_train(recipe: Recipe, prepared: Prepared, until: str | None = None
     """
     record = runs.run_record(recipe.name, recipe.model_dump(mode="json"))
     with supervised(), record, ending_with(until or last_stage()), shown(recipe), one_gpu(recipe.device), suppress(StageReached):
-        return finetune_and_evaluate(recipe, prepared)
+        here = prepared.model_copy(update={"model": with_weights(prepared.model)})
+        return finetune_and_evaluate(recipe, here)
     return None
