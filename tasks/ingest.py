@@ -9,8 +9,6 @@ clean.py, stream.py, distinct.py). Every line is kept, dropped for a counted rea
 from __future__ import annotations
 
 import json
-import logging
-import time
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
@@ -28,6 +26,7 @@ from tasks.distinct import Distinct, Hashes
 from tasks.files import file_digest
 from tasks.lines import Block, Reject, product_schema, read_block
 from tasks.locate import locate_source
+from tasks.progress import metered
 from tasks.read import read_blocks
 from tasks.refs import InputError, Products, Source
 from tasks.stage import stage
@@ -38,9 +37,6 @@ from tasks.tables import write_table
 if TYPE_CHECKING:
     import pyarrow as pa
 
-logger = logging.getLogger(__name__)
-
-REPORT_SECONDS = 5.0
 EXAMPLES = 3
 """So many bad lines are named when there are too many of them."""
 
@@ -142,22 +138,15 @@ def clean_piece(piece: Piece, config: IngestConfig) -> Cleaned:
 
 def distinct_tables(pieces: Iterable[Cleaned], config: IngestConfig, tally: Tally, seen: Distinct) -> Iterator[pa.Table]:
     """The rows to keep, in order; everything else goes to the tally."""
-    started = reported = time.monotonic()
-    for piece in pieces:
-        new = seen.add(piece.hashes) if config.drop_duplicates else np.ones(piece.table.num_rows, np.bool_)
-        tally.lines += piece.lines
-        tally.dropped += piece.dropped + Counter(duplicate=int((~new).sum()))
-        for reject in piece.rejects:
-            tally.reject(piece.file, reject)
-        yield piece.table if new.all() else piece.table.filter(new)
-        if time.monotonic() - reported > REPORT_SECONDS:
-            reported = time.monotonic()
-            _report(tally.lines, piece.done, reported - started)
-
-
-def _report(lines: int, done: float, seconds: float) -> None:
-    rate, left = f"{lines / seconds:,.0f}", seconds / max(done, 1e-6) - seconds
-    logger.info("ingest: %s lines, %s a second, %.0f s left", f"{lines:,}", rate, left)
+    with metered("ingest", "lines") as tell:
+        for piece in pieces:
+            new = seen.add(piece.hashes) if config.drop_duplicates else np.ones(piece.table.num_rows, np.bool_)
+            tally.lines += piece.lines
+            tally.dropped += piece.dropped + Counter(duplicate=int((~new).sum()))
+            for reject in piece.rejects:
+                tally.reject(piece.file, reject)
+            yield piece.table if new.all() else piece.table.filter(new)
+            tell(tally.lines, piece.done)
 
 
 def _as_json(raw: bytes) -> dict[str, str]:
