@@ -31,8 +31,14 @@ R = TypeVar("R", bound=BaseModel)
 
 def run(recipe_name: str, source: str, tokenizer_directory: str, turns: str, rows: str) -> dict[str, float]:
     """Run the stages on a file; how long each took."""
-    settings = [f"ingest.sources=[{source}]", f"sharegpt.conversation_extension={turns}", f"sample.rows={rows}"]
-    recipe, seconds = load_recipe(recipe_name, settings), dict[str, float]()
+    settings = {
+        "ingest.sources": f"[{source}]",
+        "sample.rows": rows,
+        "sharegpt.conversation_extension": turns,
+        "tokenize.max_affected_share": 1,
+    }
+    recipe = load_recipe(recipe_name, [f"{name}={value}" for name, value in settings.items()])
+    seconds = dict[str, float]()
     tokenizer = directory_tokenizer(Path(tokenizer_directory))
 
     def timed(stage: Stage[..., R], **inputs: Any) -> R:
