@@ -14,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import yaml
 
 from flows.recipes import SHIPPED, load_recipe, shipped_names
@@ -89,13 +90,14 @@ def online_workers(pool: str) -> list[str]:
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import WorkerFilter, WorkerFilterStatus
     from prefect.client.schemas.objects import WorkerStatus
-    from prefect.exceptions import ObjectNotFound
 
     online = WorkerFilter(status=WorkerFilterStatus(any_=[WorkerStatus.ONLINE]))
     with get_client(sync_client=True) as client:
         try:
             return [worker.name for worker in client.read_workers_for_work_pool(pool, worker_filter=online)]
-        except ObjectNotFound:
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != 404:
+                raise
             return []
 
 

@@ -24,11 +24,7 @@ def flow_run_id() -> UUID | None:
 
 
 class Unbroken:
-    """A stream to the worker that loses what a dead worker can't take.
-
-    Rich, through which Prefect logs, would end the program at the first line, before a checkpoint is written.
-    Source: https://rich.readthedocs.io/en/stable/reference/console.html#rich.console.Console.on_broken_pipe
-    """
+    """A stream to the worker that loses what a dead worker can't take."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -48,6 +44,21 @@ class Unbroken:
         return getattr(self._stream, name)
 
 
+def outlive_worker() -> None:
+    """Let no line that is written after the worker died end the flow run before it has written its checkpoint.
+
+    Prefect logs through Rich, which ends the program at a broken pipe unless it is told otherwise.
+    Source: https://rich.readthedocs.io/en/stable/reference/console.html#rich.console.Console.on_broken_pipe
+    """
+    from rich.console import Console
+
+    def stay(self: Console) -> None:
+        self.quiet = True
+
+    Console.on_broken_pipe = stay
+    sys.stdout, sys.stderr = cast("TextIO", Unbroken(sys.stdout)), cast("TextIO", Unbroken(sys.stderr))
+
+
 @contextmanager
 def supervised() -> Generator[None]:
     """What a deployed flow needs around its body; nothing for one that runs in its caller's process.
@@ -62,7 +73,7 @@ def supervised() -> Generator[None]:
 
     for name in ("tasks", "flows"):
         logging.getLogger(name).setLevel(logging.INFO)
-    sys.stdout, sys.stderr = cast("TextIO", Unbroken(sys.stdout)), cast("TextIO", Unbroken(sys.stderr))
+    outlive_worker()
     guard.end_with_worker()
     try:
         yield

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+import psutil
 from rich.console import Console
 
 from flows import deploy
@@ -78,10 +79,13 @@ class Processes:
         return process
 
     def stop(self) -> None:
-        """End the workers, all at once, then the server; each gets time to end by itself."""
-        processes = [item.process for item in self.started.values()]
-        _end(processes[1:], CHECKPOINT_SECONDS)
-        _end(processes[:1], SERVER_SECONDS)
+        """End the workers and their flow runs, all at once, then the server, which hears how the runs ended."""
+        processes = [psutil.Process(item.process.pid) for item in self.started.values() if item.process.poll() is None]
+        server = [process for process in processes if process.pid == next(iter(self.started.values())).process.pid]
+        workers = [process for process in processes if process not in server]
+        runs = [run for worker in workers for run in worker.children(recursive=True)]
+        _end(workers, CHECKPOINT_SECONDS, also=runs)
+        _end(server, SERVER_SECONDS)
 
     def revive(self, console: Console) -> None:
         """Start again what ended by itself.
@@ -225,13 +229,12 @@ def _ended_by_sigterm() -> Generator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+def _end(processes: Sequence[psutil.Process], seconds: float, *, also: Sequence[psutil.Process] = ()) -> None:
+    """Terminate processes and wait for them and what they end themselves; kill what is left after so many seconds."""
     for process in processes:
         process.terminate()
-    give_up = time.monotonic() + seconds
-    for process in processes:
-        try:
-            process.wait(max(0.1, give_up - time.monotonic()))
-        except subprocess.TimeoutExpired:
+    _, left = psutil.wait_procs([*processes, *also], seconds)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
             process.kill()
-            process.wait()
+    psutil.wait_procs(left, SERVER_SECONDS)

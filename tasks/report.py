@@ -8,14 +8,16 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from pathlib import PurePosixPath as Path
+from textwrap import wrap
 from typing import Any
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 260, 64, 36, 16
 """Of a plot, in pixels; the last three are its margins."""
 BLUE, GREY = "#2563eb", "#8a8f98"
 BINS = 24
-SHOWN_TEXT = 300
-"""Characters of an answer in a table."""
+LINE = 110
+"""Characters of a line that the UI shows without scrolling."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[int] = ()) -> str:
@@ -116,25 +118,27 @@ def training(points: Sequence[tuple[int, float]], figures: Mapping[str, object])
 
 
 def evaluation(comparison: str, generations: Sequence[Mapping[str, Any]]) -> str:
-    """Base against tuned model: the table of numbers, and answers side by side."""
-    head = ["asked", "reference", "base", "tuned"]
-    rows = [(row["prompt"][-SHOWN_TEXT:], row["reference"], row["base"], row["tuned"]) for row in generations]
-    answers = table(head, [[_shown(str(text)) for text in row] for row in rows]) if rows else "None were generated."
-    return f"# Base against tuned\n\n{comparison}\n\n## Answers\n\n{answers}\n"
+    """Base against tuned model: the table of numbers, and answers below each other, in lines that need no scrolling."""
+    names = ("reference", "base", "tuned")
+    answers = [
+        f"## {number}\n\n{_fenced(row['prompt'])}\n\n{_fenced(*(f'{name}: {row[name]}' for name in names))}"
+        for number, row in enumerate(generations, start=1)
+    ]
+    return "\n\n".join(["# Base against tuned", comparison, *(answers or ["No answers were generated."])]) + "\n"
 
 
 def lineage(stages: Sequence[Mapping[str, Any]]) -> str:
     """What each stage of a run did: entries of its run record."""
-    head = ["stage", "state", "rows", "seconds", "key", "output", "why"]
+    head = ["stage", "state", "rows", "seconds", "why", "key", "output"]
     rows = [
         (
             entry["name"],
             entry["state"],
             f"{entry['rows']:,}" if "rows" in entry else "",
             f"{entry['seconds']:.1f}" if "seconds" in entry else "",
+            _shown(entry["reason"]),
             f"`{entry['key'][:8]}`",
-            f"`{entry['path']}`" if "path" in entry else "",
-            entry["reason"],
+            f"`{Path(entry['path']).parent.name}/{Path(entry['path']).name[:8]}`" if "path" in entry else "",
         )
         for entry in stages
     ]
@@ -225,13 +229,20 @@ def _number(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def _fenced(*texts: str) -> str:
+    """Texts as they are, in lines of at most LINE characters."""
+    lines = [part for text in texts for line in text.splitlines() for part in wrap(line, LINE) or [""]]
+    body = "\n".join(lines).replace("````", "'```")
+    return f"````text\n{body}\n````"
+
+
 def _shown(text: str) -> str:
-    return text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]}..."
+    return text if len(text) <= LINE else f"{text[:LINE]}..."
 
 
 def _cell(value: object) -> str:
     """Text that can't end its cell or start markup of its own."""
-    text = str(value).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    text = str(value).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;")
     return " ".join(text.split())
 
 

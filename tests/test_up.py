@@ -1,0 +1,166 @@
+"""The parts of `amazon-ft up` and of deployed runs that need no server: guards, locks, queues, names."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psutil
+import pytest
+
+from checkout import PROJECT
+from flows.artifacts import Board, Queue
+from flows.deployed import Unbroken
+from flows.names import run_name, run_tags, short_digest
+from flows.recipes import load_recipe
+from test_doctor import H200, driver
+
+PARENT = """
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-m", "flows.guard", str(os.getpid()), "http.server", "0"], start_new_session=True)
+print(child.pid, flush=True)
+child.wait()
+"""
+TRAINS = """
+import sys, time
+from flows.gpus import one_gpu
+import os
+with one_gpu("cuda"):
+    print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+    time.sleep(float(sys.argv[1]))
+"""
+
+
+def test_guarded_process_ends_with_a_parent_that_is_killed() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    with parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        child.wait(20)
+    assert not child.is_running()
+
+
+def test_port_in_use_is_said_with_the_ways_out(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "flows.cli", "up", "--port", str(port)]
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    said = " ".join(done.stderr.split())
+    assert f"up: 127.0.0.1:{port}: Address already in use; expected a free port. Use --port" in said
+    assert "Traceback" not in said
+
+
+def test_two_trainings_take_two_gpus_and_a_third_waits(tmp_path: Path) -> None:
+    second = H200.replace("0, GPU-1", "1, GPU-2")
+    env = os.environ | {"PATH": driver(tmp_path / "bin", H200, second), "TMPDIR": str(tmp_path)}
+    env.pop("CUDA_VISIBLE_DEVICES", None)
+    seconds = ("60", "2", "0")
+    running = [
+        subprocess.Popen([sys.executable, "-c", TRAINS, wait], cwd=PROJECT, env=env, stdout=subprocess.PIPE)
+        for wait in seconds[:1]
+    ]
+    assert running[0].stdout is not None
+    first = running[0].stdout.readline().strip()
+    answers = [
+        subprocess.run([sys.executable, "-c", TRAINS, wait], cwd=PROJECT, env=env, capture_output=True, check=True).stdout.strip()
+        for wait in seconds[1:]
+    ]
+    running[0].kill()
+    running[0].communicate()
+    freed = subprocess.run(
+        [sys.executable, "-c", TRAINS, "0"], cwd=PROJECT, env=env, capture_output=True, check=True
+    ).stdout.strip()
+    assert first == freed == b"GPU-11111111-2222-3333-4444-555555555555"
+    assert set(answers) == {b"GPU-21111111-2222-3333-4444-555555555555"}
+
+
+def test_training_waits_for_a_gpu_that_another_holds(tmp_path: Path) -> None:
+    env = os.environ | {"PATH": driver(tmp_path / "bin", H200), "TMPDIR": str(tmp_path)}
+    env.pop("CUDA_VISIBLE_DEVICES", None)
+    with subprocess.Popen([sys.executable, "-c", TRAINS, "3"], cwd=PROJECT, env=env, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        taken = time.monotonic()
+        waiting = subprocess.run(
+            [sys.executable, "-c", TRAINS, "0"], cwd=PROJECT, env=env, capture_output=True, text=True, check=True
+        )
+        assert time.monotonic() - taken > 2
+    assert "another training holds GPU 0" in waiting.stderr
+
+
+def test_stream_to_a_dead_worker_swallows_the_line() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = Unbroken(os.fdopen(writer, "w"))
+    assert stream.write("lost\n") == 5
+    stream.flush()
+    with pytest.raises(BrokenPipeError):
+        stream.close()
+
+
+class Server:
+    """Stands for Prefect's client where it is slow or fails, which a real server can't be told to do."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+        self.sent: list[Any] = []
+
+
+def test_queue_never_waits_for_the_server_nor_fails_with_it(prefect_api: str, caplog: pytest.LogCaptureFixture) -> None:
+    jobs, server = Queue(), Server()
+    jobs.put(lambda _: server.release.wait(20))
+    jobs.put(lambda _: 1 / 0)
+    started = time.monotonic()
+    for number in range(100):
+        jobs.put(lambda _, number=number: server.sent.append(number))
+    assert time.monotonic() - started < 0.5
+    assert server.sent == []
+    server.release.set()
+    jobs.close()
+    assert server.sent == list(range(100))
+    assert "the run goes on" in caplog.text
+
+
+def test_end_of_a_run_does_not_wait_for_ever(prefect_api: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.artifacts.END_SECONDS", 0.2)
+    jobs, server = Queue(), Server()
+    jobs.put(lambda _: server.release.wait(20))
+    started = time.monotonic()
+    jobs.close()
+    assert time.monotonic() - started < 2
+    server.release.set()
+
+
+def test_artifact_is_made_once_and_then_updated(prefect_api: str) -> None:
+    import httpx
+
+    jobs = Queue()
+    board = Board(uuid4(), "demo", jobs)
+    for text in ("# One", "# Two"):
+        board.show("training", "steps", lambda text=text: text)
+    jobs.close()
+    rows = httpx.post(f"{prefect_api}/artifacts/filter", json={"flow_runs": None}).json()
+    mine = [row for row in rows if row["flow_run_id"] == str(board.run)]
+    assert [(row["key"], row["data"]) for row in mine] == [("demo-training", "# Two")]
+
+
+def test_run_name_tells_configurations_apart_but_not_where_they_run() -> None:
+    demo, other = load_recipe("demo"), load_recipe("demo", ["finetune.learning_rate=1e-4"])
+    assert run_name(demo) == f"demo 1,000 rows {short_digest(demo)}"
+    assert run_tags(demo) == ["amazon-ft", "demo", "1,000 rows", short_digest(demo)]
+    assert short_digest(demo) != short_digest(other)
+    assert short_digest(demo) == short_digest(load_recipe("demo", ["finetune.keep_checkpoints=1"]))
