@@ -7,8 +7,8 @@ The base matrix lies in memory with room for A and B beside it, so that adding t
 another pass over y and dx. W never gets a gradient. Maps that share an input (q, k and v; gate and up) are one map, their
 adapters side by side: A stacked, B block-diagonal.
 
-    plain    W in the compute type                         (out + rank, in + rank)
-    fp8      W and its transpose in e4m3, a scale a row     (out, in + rank) and (in, out + rank)
+    plain    W in the compute type                         (out + room, in + room)
+    fp8      W and its transpose in e4m3, a scale a row     (out, in + room) and (in, out + room)
     nf4      W in bitsandbytes' NF4, unpacked on the fly     (out * in / 2,) and a scale for 64 values
 
 Source of rowwise fp8: torchao.float8 "rowwise", which quantizes a frozen weight anew at every step; here it is done once.
@@ -33,6 +33,8 @@ MAX_BALANCE = 16.0
 """B and A are scaled up against x A' and g B by at most this, so that small adapters keep their digits in fp8."""
 RANK_MULTIPLE = 16
 """fp8 products need inner sizes of a multiple of 16."""
+LINE_BYTES = 128
+"""Rows begin on lines of the GPU's cache: where they did not, an H200's fp8 products took 1.2 times as long (LOG.md)."""
 NF4_BLOCK = 64
 
 
@@ -48,9 +50,20 @@ def adapter_matrices(downs: Sequence[Tensor], ups: Sequence[Tensor], scaling: fl
     return functional.pad(a, (0, 0, 0, missing)).to(dtype), functional.pad(b, (0, missing)).to(dtype)
 
 
+def room_for(rank: int, size: int, item_bytes: int) -> int:
+    """Columns beside so many that hold an adapter of that rank and end where a cache line does.
+
+    >>> room_for(48, 4096, 1)
+    128
+    """
+    items = LINE_BYTES // item_bytes
+    return -(-(size + rank) // items) * items - size
+
+
 def freeze_plain(weight: Tensor, rank: int) -> tuple[Tensor, ...]:
     """W (out, in) with room for an adapter of that rank."""
-    return (functional.pad(weight, (0, rank, 0, rank)),)
+    below, beside = (room_for(rank, size, weight.element_size()) for size in weight.shape)
+    return (functional.pad(weight, (0, beside, 0, below)),)
 
 
 def freeze_fp8(weight: Tensor, rank: int) -> tuple[Tensor, ...]:
@@ -62,7 +75,7 @@ def freeze_fp8(weight: Tensor, rank: int) -> tuple[Tensor, ...]:
 def _quantize(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     largest = weight.abs().amax(1, keepdim=True).float()
     scale = largest.clamp(min=float(largest.max()) / 64 or 1.0) / (F8_MAX / ROOM)
-    room = torch.zeros(len(weight), rank, dtype=F8, device=weight.device)
+    room = torch.zeros(len(weight), room_for(rank, weight.shape[1], 1), dtype=F8, device=weight.device)
     return torch.cat([(weight.float() / scale).to(F8), room], 1), scale.t().contiguous()
 
 
@@ -75,20 +88,20 @@ def freeze_nf4(packed: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tens
 def refresh(kind: Kind, base: Sequence[Tensor], a: Tensor, b: Tensor) -> None:
     """Put the adapter as it is now into its room beside the base matrix."""
     if kind == "plain":
-        (weight,) = base
-        weight[: len(b), a.shape[1] :] = b
-        weight[len(b) :, : a.shape[1]] = a
+        (weight,), (out, width), rank = base, (len(b), a.shape[1]), len(a)
+        weight[:out, width : width + rank] = b
+        weight[out : out + rank, :width] = a
     elif kind == "fp8":
         w, ws, wt, wts, balance, balance_t = base
-        _put(w, ws, b.float(), balance)
-        _put(wt, wts, a.t().float(), balance_t)
+        _put(w, a.shape[1], ws, b.float(), balance)
+        _put(wt, len(b), wts, a.t().float(), balance_t)
 
 
-def _put(weight: Tensor, scale: Tensor, columns: Tensor, balance: Tensor) -> None:
+def _put(weight: Tensor, start: int, scale: Tensor, columns: Tensor, balance: Tensor) -> None:
     room = F8_MAX * scale.t() / columns.abs().amax(1, keepdim=True).clamp(min=1e-20)
     balance.copy_(room.min().clamp(max=MAX_BALANCE))
     scaled = columns * balance / scale.t()
-    weight[:, weight.shape[1] - columns.shape[1] :] = scaled.clamp(-F8_MAX, F8_MAX).to(F8)
+    weight[:, start : start + columns.shape[1]] = scaled.clamp(-F8_MAX, F8_MAX).to(F8)
 
 
 def apply(kind: Kind, x: Tensor, a: Tensor, b: Tensor, base: Sequence[Tensor]) -> Tensor:
@@ -102,14 +115,20 @@ class _Plain(torch.autograd.Function):
         x, a, b, weight = args
         low = x @ a.t()
         ctx.save_for_backward(x, low, b, weight)
-        return torch.cat([x, low], 1) @ weight[: len(b)].t()
+        return _beside(x, low, weight.shape[1]) @ weight[: len(b)].t()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, low, b, weight = ctx.saved_tensors
         (g,) = grads
         low_g = g @ b
-        return torch.cat([g, low_g], 1) @ weight[:, : x.shape[1]], low_g.t() @ x, g.t() @ low, None
+        dx = _beside(g, low_g, len(weight)) @ weight[:, : x.shape[1]]
+        return dx, low_g.t() @ x, g.t() @ low, None
+
+
+def _beside(x: Tensor, low: Tensor, width: int) -> Tensor:
+    """[x | low], filled up with zeros to that width."""
+    return torch.cat([x, functional.pad(low, (0, width - x.shape[1] - low.shape[1]))], 1)
 
 
 class _Fp8(torch.autograd.Function):
@@ -132,6 +151,7 @@ def _product(x: Tensor, low: Tensor, weight: Tensor, scale: Tensor, balance: Ten
     """[x | low] times the transpose of an extended fp8 matrix."""
     of_row = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) * (ROOM / F8_MAX)
     wide = (x.float() / of_row).to(F8)
+    low = functional.pad(low, (0, weight.shape[1] - x.shape[1] - low.shape[1]))
     narrow = (low.float() / (of_row * balance)).clamp(-F8_MAX, F8_MAX).to(F8)
     return torch._scaled_mm(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]  # as torchao calls it
         torch.cat([wide, narrow], 1), weight.t(), scale_a=of_row, scale_b=scale, out_dtype=x.dtype, use_fast_accum=True

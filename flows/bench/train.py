@@ -1,0 +1,150 @@
+"""`amazon-ft bench train`: the fast backend against the document's own code on the same texts, on the machine at hand.
+
+Each side is a process of its own that prints one line of JSON: flows/bench/train_ours.py, flows/bench/train_document.py. A
+token counts if it carries text. After a first window of steps, which compiles and warms up, three windows are timed and the
+median counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.bench.data import machine
+from flows.bench.processes import module, run
+from flows.recipes import load_recipe
+from tasks.backends import hardware
+from tasks.config import FinetuneConfig
+from tasks.refs import InputError, Model
+
+WINDOWS = 3
+GPU_STEPS, CPU_STEPS = (8, 5), (2, 1)
+"""Steps of a window, ours and the document's: about 3 and 15 s on an H100."""
+FLOP_PER_WEIGHT = 4
+"""For each token: two forward, two for the gradient of the input; frozen weights have none of their own."""
+
+
+def bench_train(model: Model, data: Path, *, held: tuple[str, ...], against_document: bool, console: Console) -> dict[str, Any]:
+    """Measure and print; all numbers, with machine and versions.
+
+    `data` holds packs.arrow and texts.json, a list of the texts that the packs are made of.
+
+    Raises:
+        InputError: when the document's code is asked for and Unsloth is not installed.
+    """
+    if against_document and find_spec("unsloth") is None:
+        raise InputError("bench train: --against document: got no package unsloth; expected it. pip install unsloth unsloth_zoo")
+    device = device_here()
+    if device == "cpu":
+        console.print("No GPU here: a tiny model on the CPU, which shows that both sides run and says nothing of a GPU's speed.")
+    limit, weights = matmul_limit(device), linear_weights(model)
+    sides = [*held, *(["document"] if against_document else [])]
+    measured: dict[str, Any] = {}
+    for side in sides:
+        measured[side] = measure(side, model, data, device)
+        measured[side]["share_of_limit"] = round(measured[side]["tokens_per_second"] * weights * FLOP_PER_WEIGHT / limit, 3)
+        console.print(f"{side}: {json.dumps(measured[side])}", highlight=False)
+    console.print(table(measured))
+    return {
+        "device": hardware.device_name(device),
+        "machine": machine(),
+        "versions": hardware.versions(),
+        "matmul_limit_tflops": round(limit / 1e12, 3),
+        "model": model.name,
+        "sides": measured,
+        "ratio": ratios(measured),
+    }
+
+
+def measure(side: str, model: Model, data: Path, device: str) -> dict[str, Any]:
+    """One side in a process of its own: tokens_per_second (median), windows, peak_gib, seconds_to_first_step, resolved."""
+    ours, document = GPU_STEPS if device == "cuda" else CPU_STEPS
+    with tempfile.TemporaryDirectory() as scratch:
+        if side == "document":
+            command = module("flows.bench.train_document", model.path, data / "texts.json", device, document, WINDOWS)
+        else:
+            command = module("flows.bench.train_ours", model.model_dump_json(), data / "packs.arrow", device, side, ours, WINDOWS)
+        cost = run(command, Path(scratch), os.environ | {"HF_HUB_OFFLINE": "1", "AMAZON_FT_HOME": scratch})
+    found: dict[str, Any] = json.loads(cost.output.splitlines()[-1])
+    return {
+        "tokens_per_second": round(statistics.median(found["windows"]), 1),
+        **found,
+        "process_seconds": round(cost.seconds, 1),
+    }
+
+
+def ratios(measured: dict[str, Any]) -> dict[str, float]:
+    """{side of ours: how many times as fast as the document's code}.
+
+    >>> ratios({"fp8": {"tokens_per_second": 20.0}, "document": {"tokens_per_second": 2.0}})
+    {'fp8': 10.0}
+    """
+    if "document" not in measured:
+        return {}
+    base = measured["document"]["tokens_per_second"]
+    return {side: round(found["tokens_per_second"] / base, 2) for side, found in measured.items() if side != "document"}
+
+
+def table(measured: dict[str, Any]) -> Table:
+    """What a user reads."""
+    ratio = ratios(measured)
+    shown = Table("", "tokens/s", "of the bf16 matmul limit", "peak memory", "to the first step", "times the document")
+    for side, found in measured.items():
+        cells = [
+            f"{found['tokens_per_second']:,.0f}",
+            f"{found['share_of_limit']:.1%}",
+            f"{found['peak_gib']:.1f} GiB",
+            f"{found['seconds_to_first_step']:.1f} s",
+        ]
+        shown.add_row(side, *cells, f"{ratio[side]}" if side in ratio else "")
+    return shown
+
+
+def device_here() -> str:
+    """`cuda` where torch sees a GPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def matmul_limit(device: str) -> float:
+    """FLOP/s of a large matrix product here, in bfloat16 on a GPU and float32 on the CPU; the best of a few."""
+    import time
+
+    import torch
+
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds: list[float] = []
+    for _ in range(20):
+        started = time.perf_counter()
+        float((a @ b)[0, 0])  # fetching a number waits for the product
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
+def linear_weights(model: Model) -> int:
+    """Weights of the model's matrices, the output matrix included."""
+    from tasks.backends.memory import read_shape
+
+    shape = read_shape(Path(model.path))
+    assert shape is not None, "the fast backend refuses other architectures before"
+    return shape.layers * shape.layer_parameters + shape.vocabulary * shape.hidden
+
+
+def bench_config(held: str, steps: int, windows: int) -> FinetuneConfig:
+    """Recipe `fast`'s training, one window more than is timed, logged once a window."""
+    total = steps * (windows + 1)
+    changes = {"frozen_weights": held, "max_steps": total, "logging_steps": steps, "save_steps": total, "warmup_steps": 2}
+    return FinetuneConfig.model_validate(load_recipe("fast").finetune.model_dump() | changes)
+
+
+__all__ = ["bench_config", "bench_train", "device_here", "linear_weights", "matmul_limit", "ratios"]
