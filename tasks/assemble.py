@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.encode import BatchEncoder, Encoded, Ids, from_ids, to_ids, token_bytes
+from tasks.encode import BatchEncoder, Encoded, Ids, from_ids, to_ids
 from tasks.refs import InputError
 from tasks.shape import Field, Segment, Shape, Template, find_shape, special_pattern
 from tasks.words import make_encoder
@@ -53,7 +53,6 @@ class TurnEncoder:
     def __init__(self, shape: Shape, encoder: BatchEncoder) -> None:
         self.shape = shape
         self._encoder = encoder
-        self._token_bytes = token_bytes(encoder.backend)
 
     def encode(self, turns: pa.RecordBatch) -> Bodies:
         """The bodies of turns (uid, prompt, question, answer)."""
@@ -85,11 +84,11 @@ class TurnEncoder:
         """How many ids of each text end within its prompt; a byte-level id stands for a known number of bytes."""
         import pyarrow.compute as pc
 
-        if self._token_bytes is None:
+        if self._encoder.token_bytes is None:
             ends = zip(self._encoder.token_ends(texts), pc.utf8_length(prompts).to_pylist(), strict=True)
             return np.array([sum(end <= start for end in row) for row, start in ends], np.int64)
         flat, offsets = to_ids(ids)
-        ends = np.concatenate([[0], np.cumsum(self._token_bytes[flat], dtype=np.int64)])
+        ends = np.concatenate([[0], np.cumsum(self._encoder.token_bytes[flat], dtype=np.int64)])
         if not np.array_equal(np.diff(ends[offsets]), pc.binary_length(texts).to_numpy()):
             raise InputError("tokenizer.json: ids don't add up to their text's bytes; expected a byte-level vocabulary")
         starts = ends[offsets[:-1]] + pc.binary_length(prompts).to_numpy()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -95,16 +95,18 @@ class BatchEncoder:
     def __init__(self, backend: Backend, *, plain: bool) -> None:
         self.backend = backend
         self.plain = plain
+        self.token_bytes = token_bytes(backend)
         self._lock = threading.RLock()
 
     def encode(self, texts: pa.Array) -> pa.LargeBinaryArray:
         """The ids of each text, nothing added."""
         return self.encode_list(texts.to_pylist())
 
-    def encode_list(self, texts: list[str]) -> pa.LargeBinaryArray:
-        """As `encode`, from a list."""
+    def encode_list(self, texts: Sequence[str | list[str]], *, split: bool = False) -> pa.LargeBinaryArray:
+        """As `encode`, from a list; with `split`, each text is a list of words, encoded one by one."""
         with self._configured():
-            rows = [row.ids for row in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+            encodings = self.backend.encode_batch_fast(texts, is_pretokenized=split, add_special_tokens=False)
+        rows = [row.ids for row in encodings]
         offsets = np.cumsum([0, *map(len, rows)])
         return from_ids(np.fromiter(chain.from_iterable(rows), np.int32, offsets[-1]), offsets)
 
@@ -126,10 +128,13 @@ class BatchEncoder:
 
 
 def token_bytes(backend: Backend) -> Ids | None:
-    """How many bytes of text each id stands for; None unless the vocabulary is byte-level."""
-    if backend.normalizer is not None or described(backend.decoder).get("type") != "ByteLevel":
-        return None
+    """How many bytes of text each id stands for; None unless the vocabulary is byte-level and has every byte."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
     vocabulary = backend.get_vocab(with_added_tokens=True)
+    whole = vocabulary.keys() >= set(ByteLevel.alphabet())
+    if not whole or backend.normalizer is not None or described(backend.decoder).get("type") != "ByteLevel":
+        return None
     sizes = np.zeros(max(vocabulary.values()) + 1, np.int32)
     sizes[list(vocabulary.values())] = list(map(len, vocabulary))  # one character stands for one byte
     for number, token in backend.get_added_tokens_decoder().items():

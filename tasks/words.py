@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.encode import BatchEncoder, described, from_ids, to_ids
+from tasks.tables import batch_ranges
 
 if TYPE_CHECKING:
     import polars as pl
@@ -44,12 +45,14 @@ _AGREED = ((0x00, 0x17E), (0x180, 0x52F), (0x2000, 0x206F), (0x20A0, 0x20BF), (0
 
 MAX_WORDS = 1 << 20
 """Words remembered at a time, some 100 bytes each: real text never stops bringing new ones."""
+WORDS_A_TEXT = 512
+"""Words handed to the tokenizer as one text: a text costs it more than a word."""
 
 
 class Dictionary:
     """The ids of the words met so far, each encoded once."""
 
-    def __init__(self, encode: Callable[[list[str]], pa.LargeBinaryArray]) -> None:
+    def __init__(self, encode: Callable[[pl.Series], pa.LargeBinaryArray]) -> None:
         import polars as pl
 
         self._encode = encode
@@ -83,7 +86,7 @@ class Dictionary:
         if not len(unknown):
             return
         new, first = np.unique(numbers[unknown], return_index=True)
-        encoded = self._encode(words.gather(unknown[first]).to_list())
+        encoded = self._encode(words.gather(unknown[first]))
         self._slots[new] = np.arange(len(self._known), len(self._known) + len(new))
         self._known = pa.concat_arrays([self._known, encoded])
 
@@ -97,7 +100,7 @@ class WordEncoder(BatchEncoder):
         self._word = _markless(pattern)
         added = backend.get_added_tokens_decoder().values()
         self._added = [token.content for token in added if not (plain and token.special)]
-        self._dictionary = Dictionary(self.encode_list)
+        self._dictionary = Dictionary(self._encode_each)
 
     def encode(self, texts: pa.Array) -> pa.LargeBinaryArray:
         """The ids of each text, nothing added."""
@@ -119,8 +122,17 @@ class WordEncoder(BatchEncoder):
         dictionary = self._dictionary
         flat, ends = to_ids(dictionary.look_up(words))
         if len(dictionary) > MAX_WORDS:
-            self._dictionary = Dictionary(self.encode_list)
+            self._dictionary = Dictionary(self._encode_each)
         return from_ids(flat, ends[np.concatenate([[0], np.cumsum(counts)])])
+
+    def _encode_each(self, words: pl.Series) -> pa.LargeBinaryArray:
+        """The ids of each word. Many go into one call's text, which is cut again where the ids' bytes say that a word ends."""
+        assert self.token_bytes is not None, "make_encoder sees to it"
+        listed = words.to_list()
+        texts = [listed[start:end] for start, end in batch_ranges(len(listed), WORDS_A_TEXT)]
+        flat, _ = to_ids(self.encode_list(texts, split=True))
+        ends = np.searchsorted(np.cumsum(self.token_bytes[flat]), np.cumsum(words.str.len_bytes()))
+        return from_ids(flat, np.concatenate([[0], ends + 1]))
 
     def split(self, texts: pl.Series) -> tuple[pl.Series, NDArray[np.int64]]:
         """The words of all texts end to end, and how many each text has."""
@@ -148,7 +160,7 @@ def make_encoder(backend: Backend, *, plain: bool) -> BatchEncoder:
     pattern = _split_pattern(backend)
     if pattern is not None:
         encoder = WordEncoder(backend, plain=plain, pattern=pattern)
-        if _splits_alike(encoder):
+        if encoder.token_bytes is not None and _splits_alike(encoder):
             return encoder
     logger.info("tokenize: encodes with the tokenizer's own loop: its splitting pattern is not one of those known to be safe")
     return BatchEncoder(backend, plain=plain)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import BPE, WordLevel
 
 from tasks.encode import BatchEncoder, from_ids, load_tokenizer, special_id, token_bytes
 from tasks.refs import InputError
@@ -71,5 +72,8 @@ def test_token_bytes_add_up_to_the_text() -> None:
         assert sizes[backend.encode(text, add_special_tokens=False).ids].sum() == len(text.encode())
 
 
-def test_a_vocabulary_of_words_has_no_token_bytes() -> None:
+def test_a_vocabulary_of_words_or_without_some_bytes_has_no_token_bytes() -> None:
     assert token_bytes(Tokenizer(WordLevel({"a": 0}, unk_token="a"))) is None
+    partial = Tokenizer(BPE({"a": 0, "b": 1}, []))
+    partial.decoder = ByteLevel()
+    assert token_bytes(partial) is None

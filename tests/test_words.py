@@ -19,7 +19,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
 from tasks.encode import BatchEncoder, load_tokenizer
 from tasks.words import RUNS, WordEncoder, make_encoder
@@ -138,8 +138,9 @@ def _known() -> tuple[BatchEncoder, Tokenizer]:
         lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.Whitespace()),
         lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.Split(Regex(r"\d"), "isolated")),
         lambda backend: setattr(backend.model, "dropout", 0.5),
+        lambda backend: setattr(backend, "decoder", decoders.Fuse()),
     ],
-    ids=["normalizer", "prefix space", "other splitter", "other pattern", "dropout"],
+    ids=["normalizer", "prefix space", "other splitter", "other pattern", "dropout", "decoder"],
 )
 def test_a_tokenizer_that_does_more_encodes_with_its_own_loop(change: Callable[[Tokenizer], None]) -> None:
     backend = make_tiny_tokenizer()
