@@ -97,7 +97,7 @@ def relative(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 
 ROWS = some_rows([20, 7, 33, 12, 26])
-FILLED = Collator(tokens=128, rows=9, slice=64)
+FILLED = Collator(tokens=128, longest=25, rows=9, slice=64)
 
 
 @pytest.mark.parametrize("collate", [Collator(), FILLED])
@@ -175,10 +175,10 @@ def test_a_module_without_an_adapter_stays_as_it_is(model: Model) -> None:
 
 def test_the_collator_lays_rows_end_to_end() -> None:
     rows = [{"input_ids": [0, 7, 8, 1, 0, 9, 1], "labels": [-100, 7, 8, 1, 0, 9, 1], "seq_lengths": [4, 3]}]
-    batch = Collator(tokens=5, rows=4, slice=8)(rows)
+    batch = Collator(tokens=5, longest=2, rows=5, slice=8)(rows)
     assert batch["input_ids"].tolist() == [[0, 7, 8, 1, 0, 9, 1, 0, 0, 0]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2]]
-    assert batch["bounds"].tolist() == [0, 4, 7, 10, 10]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 0]]
+    assert batch["bounds"].tolist() == [0, 4, 7, 9, 10, 10]
     assert batch["positions"].tolist() == [0, 1, 2, 4, 5, 0, 0, 0]
     assert batch["shift_labels"].tolist() == [7, 8, 1, 9, 1, -100, -100, -100]
     assert batch["attention_mask"].sum() == 7

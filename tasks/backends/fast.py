@@ -25,6 +25,8 @@ ONLY_TRL = ("dataset_kwargs",)
 """Arguments of trainer.sft_arguments that transformers.TrainingArguments does not know."""
 LENGTH_STEP = 1024
 """Rows that are not packed are filled up to a multiple of this on a GPU, where each length is compiled anew."""
+EVEN = 128
+"""Packs are filled up to a multiple of this on a GPU, whose matrix products like even sizes."""
 SLICE_STEP = 2048
 """Labelled positions are filled up to a multiple of this on a GPU, for the same reason."""
 
@@ -116,8 +118,9 @@ def collator(job: Job, lengths: Lengths) -> Collator:
 
     if job.resolved.device == "cpu":
         return Collator()
-    tokens = job.config.batch_size * lengths.pack if job.packed else LENGTH_STEP
-    return Collator(tokens=tokens, rows=job.config.batch_size * lengths.rows + 1, slice=SLICE_STEP)
+    tokens = -(-job.config.batch_size * lengths.pack // EVEN) * EVEN if job.packed else LENGTH_STEP
+    rows = job.config.batch_size * lengths.rows + -(-tokens // lengths.row)
+    return Collator(tokens=tokens, longest=lengths.row, rows=rows, slice=SLICE_STEP)
 
 
 def check_architecture(config: Any, dtype: str) -> None:

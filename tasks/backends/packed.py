@@ -213,7 +213,9 @@ class Collator:
     """
 
     tokens: int = 0
-    """Fill up to a multiple of this, with a row of its own that nothing is learnt from; 0: leave the length."""
+    """Fill up to a multiple of this, with rows that nothing is learnt from; 0: leave the length."""
+    longest: int = 0
+    """No such row is longer than this: attention on a GPU leaves what is beyond the longest row undefined."""
     rows: int = 0
     """Fill `bounds` up to so many rows, empty ones."""
     slice: int = 0
@@ -226,7 +228,7 @@ class Collator:
         labels = torch.tensor([label for example in examples for label in example["labels"]])
         text = len(ids)
         if self.tokens and (missing := -text % self.tokens):
-            ids, lengths = ids + [0] * missing, [*lengths, missing]
+            ids, lengths = ids + [0] * missing, [*lengths, *_split(missing, self.longest or missing)]
             labels = functional.pad(labels, (0, missing), value=IGNORED)
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         labels[bounds[:-1].long()] = IGNORED  # a row's first token is never predicted from the row before
@@ -241,6 +243,15 @@ class Collator:
             "positions": functional.pad(positions, (0, room)),
             "shift_labels": functional.pad(labels[positions + 1], (0, room), value=IGNORED),
         }
+
+
+def _split(tokens: int, longest: int) -> list[int]:
+    """Lengths of rows that take so many tokens.
+
+    >>> _split(7, 3)
+    [3, 3, 1]
+    """
+    return [min(longest, tokens - start) for start in range(0, tokens, longest)]
 
 
 __all__ = [
