@@ -66,17 +66,17 @@ class Limited:
         return getattr(self._stream, name)
 
 
-def read_blocks(path: Path, index: int, config: IngestConfig) -> Iterator[tuple[Block, float]]:
+def read_blocks(path: Path, name: str, config: IngestConfig) -> Iterator[tuple[Block, float]]:
     """The file's lines in blocks, each with the share of the file that has been read.
 
-    `index` (from 1) numbers the file among the sources, for rows without a uid.
+    In a file without uids, a row's is this name of the file and the line's number.
 
     Raises:
         InputError: when the file is damaged, no archive of one data file, or a decompression bomb.
     """
     size = max(path.stat().st_size, 1)
     with path.open("rb") as raw, _damage_named(path), _unpacked(raw, path, config.max_inflation) as stream:
-        for block in cut_blocks(stream, f"{index}:", config.block_bytes, config.max_line_bytes):
+        for block in cut_blocks(stream, f"{name}:", config.block_bytes, config.max_line_bytes):
             yield block, min(raw.tell() / size, 1.0)
 
 

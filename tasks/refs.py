@@ -3,8 +3,8 @@
 A stage never returns data: it returns a frozen value that names files under AMAZON_FT_HOME by what they contain. Fields
 marked `aside` (counts, sizes, side files) do not count when the value is another stage's input.
 
-    Source -> ingest -> Products -> sample -> Split -> sharegpt -> Split -> template -> Texts -> tokenize -> Split
-           -> [pack -> Artifact] -> finetune -> Adapter -> evaluate -> Evaluation -> save -> SavedModel
+    Source -> ingest [-> Shards -> join] -> Products -> sample -> Split -> sharegpt -> Split -> template -> Texts -> tokenize
+           -> Split -> [pack -> Artifact] -> finetune -> Adapter -> evaluate -> Evaluation -> save -> SavedModel
 
 Files, all Arrow IPC streams that `datasets.Dataset.from_file` maps into memory:
 
@@ -110,6 +110,8 @@ class Source(Value):
     """The input files in the order given; `artifact` holds them when a stage made them."""
 
     files: tuple[SourceFile, ...]
+    is_shard: bool = False
+    """One file of several: that enough of it is good, and anything left, is for the whole to show."""
     artifact: Artifact | None = aside(None)
 
 
@@ -121,6 +123,15 @@ class Products(Value):
     lines: int = aside(0)
     dropped: dict[str, int] = aside({})
     """Rows that were read and not kept, by reason."""
+
+
+class Shards(Value):
+    """Products of several files, each read on its own; their counts are those of the whole."""
+
+    data: tuple[Artifact, ...]
+    rejects: tuple[Artifact, ...]
+    lines: int
+    dropped: dict[str, int]
 
 
 class Split(Value):

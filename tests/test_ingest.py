@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import logging
 import os
@@ -244,8 +245,6 @@ def test_real_rows_are_read_as_by_the_reference(shared: Path, tmp_path: Path, wr
                 archive.writestr("trn.json.gz", gzip.compress(data))
         else:
             path.write_bytes(gzip.compress(data) if wrap == "gz" else data)
-        numbered = b"".join(
-            json.dumps({"uid": f"1:{number}"} | json.loads(line)).encode() + b"\n"
-            for number, line in enumerate(data.splitlines(), 1)
-        )
-        check(run(path), numbered)
+        name = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+        numbered = enumerate(map(json.loads, data.splitlines()), start=1)
+        check(run(path), b"\n".join(json.dumps({"uid": f"{name}:{number}"} | row).encode() for number, row in numbered))

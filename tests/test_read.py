@@ -22,7 +22,7 @@ LINES = b"".join(b'{"uid": "%d", "title": "t", "content": "%s"}\n' % (number, b"
 
 
 def read(path: Path, config: IngestConfig = CONFIG) -> bytes:
-    return b"".join(block.data for block, _ in read_blocks(path, 1, config))
+    return b"".join(block.data for block, _ in read_blocks(path, "f", config))
 
 
 def zipped(path: Path, members: dict[str, bytes]) -> Path:
