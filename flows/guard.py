@@ -1,7 +1,10 @@
-"""Processes that end with the one they work for, however that one ends.
+"""Processes that end with the one they work for, however that one ends, and that let flow runs end first.
 
-python -m flows.guard PID prefect worker start ...      the prefect command line, ended when process PID is gone
-end_with_worker()                                       in a flow run: a worker that was killed takes its run along
+    python -m flows.guard PID prefect worker start ...      Prefect's command line, until process PID is gone or SIGTERM comes
+    end_with_worker()                                       in a flow run: a worker that was killed takes its run along
+
+Prefect's process worker kills its flow runs when it is told to end. Here they get SIGTERM and time before the worker does:
+a training writes a checkpoint, and every run reports how it ended.
 """
 
 from __future__ import annotations
@@ -9,16 +12,25 @@ from __future__ import annotations
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
+
+import psutil
 
 LOOK_SECONDS = 0.5
+RUN_SECONDS = 40
+"""What flow runs get to end in."""
+END_SECONDS = 10
+"""What Prefect's own process gets then."""
+INNER = "inner"
 
 
-class WorkerGone(BaseException):  # not an error of the flow's: nothing in it should catch this
-    """The worker that started this flow run is gone."""
+class WorkerGone(BaseException):
+    """The worker that started this flow run is gone; no error of the flow's, so nothing in it should catch this."""
 
 
 _worker_gone = threading.Event()
@@ -54,11 +66,52 @@ def worker_is_gone() -> bool:
     return _worker_gone.is_set()
 
 
-def main(parent: int, command: list[str]) -> None:
-    """Run a Python module's command line until the parent is gone."""
+def supervise(parent: int, command: list[str]) -> int:
+    """Run Prefect's command line until it ends, the parent is gone, or SIGTERM or SIGINT comes; its exit code."""
+    asked = threading.Event()
+
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        asked.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask)
+    inner = [sys.executable, "-m", "flows.guard", str(os.getpid()), INNER, *command]
+    process = subprocess.Popen(inner, start_new_session=True)
+    while process.poll() is None:
+        if asked.wait(LOOK_SECONDS) or os.getppid() != parent:
+            _end(psutil.Process(process.pid))
+    return process.returncode
+
+
+def _end(process: psutil.Process) -> None:
+    """First the flow runs, then the process itself; each is asked, then killed."""
+    try:
+        _ask(process.children(recursive=True), RUN_SECONDS)
+    finally:
+        _ask([process], END_SECONDS)
+
+
+def _ask(processes: list[psutil.Process], seconds: float) -> None:
+    for process in processes:
+        process.terminate()
+    _, left = psutil.wait_procs(processes, seconds)
+    for process in left:
+        process.kill()
+    psutil.wait_procs(left, END_SECONDS)
+
+
+def _run_inner(parent: int, command: list[str]) -> None:
     when_parent_is_gone(parent, lambda: os.kill(os.getpid(), signal.SIGTERM))
     sys.argv = command
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+
+
+def main(parent: int, command: list[str]) -> None:
+    """Supervise, or be supervised."""
+    if command[0] == INNER:
+        _run_inner(parent, command[1:])
+    else:
+        sys.exit(supervise(parent, command))
 
 
 if __name__ == "__main__":
