@@ -14,6 +14,7 @@ from flows.deployed import supervised
 from flows.names import name_run
 from flows.pipeline import pipeline
 from flows.recipes import build_recipe
+from flows.shards import task_runner
 from tasks import runs
 from tasks.config import Recipe
 from tasks.refs import SavedModel
@@ -21,7 +22,7 @@ from tasks.save import publish_link
 from tasks.stage import StageReached, ending_with
 
 
-@flow(name="amazon-ft", flow_run_name=name_run)
+@flow(name="amazon-ft", flow_run_name=name_run, task_runner=task_runner())
 def amazon_ft(config: Recipe, overrides: tuple[str, ...] = (), until: str | None = None) -> SavedModel | None:
     """From a product file to a fine-tuned model.
 

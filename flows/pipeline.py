@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from flows.dispatch import tune
+from flows.shards import read_products
 from tasks.catalogue import catalogue
 from tasks.config import Recipe
-from tasks.ingest import ingest, locate_source
+from tasks.ingest import locate_source
 from tasks.model import base_model
 from tasks.pack import pack
 from tasks.refs import Prepared, SavedModel
@@ -23,7 +24,7 @@ def pipeline(recipe: Recipe) -> SavedModel:
     with verifying(recipe.cache.verify):
         source = catalogue(recipe.catalogue) if recipe.catalogue else locate_source(recipe.ingest.sources)
         model = base_model(recipe.model)
-        products = ingest(source, recipe.ingest)
+        products = read_products(source, recipe.ingest)
         split = sample(products, recipe.sample)
         conversations = sharegpt(split, recipe.sharegpt)
         texts = template(conversations, model.tokenizer.special, recipe.template)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import httpx
 from prefect import Task
 from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.context import FlowRunContext
+from prefect.futures import PrefectFuture
 from prefect.serializers import Serializer
+from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel
 
 from tasks.refs import PipelineError, home
@@ -71,8 +74,30 @@ def make_task(stage: Stage[..., R]) -> Task[..., R]:
 
 def run_task(stage: Stage[..., R], inputs: dict[str, Any]) -> R:
     """Run the stage as a task of the present flow, its record under the present root."""
-    named = stage.task.with_options(result_storage=home() / "records", task_run_name=stage.name)
-    return named(**inputs)
+    return _named(stage)(**inputs)
+
+
+def start_tasks(stage: Stage[..., R], many: list[dict[str, Any]]) -> list[Callable[[], R]]:
+    """For each of the inputs, what waits for the task's result; on a cluster all tasks are started, else each when asked for.
+
+    A task on a cluster leaves its record under the root that all machines share; it is read there, not passed on.
+    """
+    flow_run = FlowRunContext.get()
+    if flow_run is None or isinstance(flow_run.task_runner, ThreadPoolTaskRunner):
+        return [partial(run_task, stage, inputs) for inputs in many]
+    futures = [_named(stage).submit(**inputs) for inputs in many]
+
+    def wait(future: PrefectFuture[R], inputs: dict[str, Any]) -> R:
+        future.wait()
+        if not future.state.is_completed():
+            future.state.result()  # raises what the task raised
+        return stage.recorded(stage.key(inputs))
+
+    return [partial(wait, future, inputs) for future, inputs in zip(futures, many, strict=True)]
+
+
+def _named(stage: Stage[..., R]) -> Task[..., R]:
+    return stage.task.with_options(result_storage=home() / "records", task_run_name=stage.name)
 
 
 def _is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -85,4 +110,4 @@ def _is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bo
     return False
 
 
-__all__ = ["RecordSerializer", "make_task", "run_task"]
+__all__ = ["RecordSerializer", "make_task", "run_task", "start_tasks"]

@@ -190,12 +190,34 @@ class Stage(Generic[P, R]):
         inputs = self._bind(*args, **kwargs)
         if (plan := _plan.get()) is not None:
             return cast("R", self._foresee(inputs, plan))
-        value = self._perform(inputs)
+        value = self._perform(self._entry(inputs), lambda: self._run(inputs))
         if (listener := _listener.get()) is not None:
             listener(self.name, inputs, value)
+        self.reached()
+        return value
+
+    def each(self, *calls: tuple[Any, ...]) -> list[R]:
+        """The stage on each of several inputs: in turn, or all at once on the cluster of the present flow's task runner.
+
+        A run that ends with this stage does not end here: call `reached` once the results are put together.
+        """
+        bound = [self._bind(*call) for call in calls]  # pyright: ignore[reportCallIssue]  # as many as the stage has parameters
+        if (plan := _plan.get()) is not None:
+            return [cast("R", self._foresee(inputs, plan)) for inputs in bound]
+        from tasks.engine import start_tasks
+
+        entries = [self._entry(inputs) for inputs in bound]
+        started = start_tasks(self, bound)
+        return [self._perform(entry, outcome) for entry, outcome in zip(entries, started, strict=True)]
+
+    def reached(self) -> None:
+        """End the run if it was to end with this stage.
+
+        Raises:
+            StageReached: then.
+        """
         if _until.get() == self.name:
             raise StageReached
-        return value
 
     def code(self, inputs: Mapping[str, Any]) -> dict[str, str]:
         """{module: digest} of the code that counts for these inputs."""
@@ -268,7 +290,13 @@ class Stage(Generic[P, R]):
         plan.steps.append(Step(self.name, "cached", "", rows=_main(value).rows, key=key, artifact=_main(value)))
         return value
 
-    def _perform(self, inputs: dict[str, Any]) -> R:
+    def _run(self, inputs: dict[str, Any]) -> R:
+        from tasks.engine import run_task
+
+        return run_task(self, inputs)
+
+    def _entry(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the run's record says of a call that is about to be made."""
         key = self.key(inputs)
         entry: dict[str, Any] = {"name": self.name, "key": key, "code": self.code(inputs), "inputs": canonical(inputs)}
         try:
@@ -277,11 +305,13 @@ class Stage(Generic[P, R]):
         except Missing as miss:
             entry |= {"state": "running", "reason": self._explain(key, inputs, str(miss))}
             logger.info("%s runs: %s", self.name, entry["reason"])
+        return entry
+
+    def _perform(self, entry: dict[str, Any], outcome: Callable[[], R]) -> R:
+        """The outcome of a call, its entry kept up to date."""
         started = time.monotonic()
         with _entered(entry):
-            from tasks.engine import run_task
-
-            value = run_task(self, inputs)
+            value = outcome()
             seconds = time.monotonic() - started
             main = _main(value)
             entry |= {

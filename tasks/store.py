@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from uuid import uuid4
 
 from pydantic import BaseModel
@@ -159,8 +159,9 @@ def artifacts_of(value: BaseModel) -> Iterator[Artifact]:
         return
     for name in type(value).model_fields:
         item = getattr(value, name)
-        if isinstance(item, BaseModel):
-            yield from artifacts_of(item)
+        for part in cast("tuple[object, ...]", item) if isinstance(item, tuple) else (item,):
+            if isinstance(part, BaseModel):
+                yield from artifacts_of(part)
 
 
 def verify(artifact: Artifact, how: Verify = "full") -> None:
