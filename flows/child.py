@@ -124,10 +124,7 @@ def command(pool: str) -> str:
     """The shell commands that start a worker of a pool for this server and this root."""
     from prefect.settings import get_current_settings
 
-    return (
-        f"export PREFECT_API_URL={get_current_settings().api.url} AMAZON_FT_HOME={home()}\n"
-        f"prefect worker start --pool {pool} --limit 1"
-    )
+    return f"export PREFECT_API_URL={get_current_settings().api.url} AMAZON_FT_HOME={home()}\namazon-ft worker {pool}"
 
 
 def _training_pool() -> str:

@@ -125,6 +125,21 @@ def up(
 
 
 @app.command()
+def worker(
+    pool: Annotated[str, typer.Argument(help="cpu or cuda.")],
+    name: Annotated[str | None, typer.Option(help="Of the worker, as the server shows it.")] = None,
+    healthcheck: Annotated[bool, typer.Option("--with-healthcheck", help="Answer on port 8080 at /health.")] = False,
+) -> None:
+    """Serve a work pool here until SIGTERM or Ctrl-C, which let a training write a checkpoint first.
+
+    For k GPUs start k, each with its own CUDA_VISIBLE_DEVICES.
+    """
+    from flows.up import serve_pool
+
+    raise typer.Exit(serve_pool(pool, name, healthcheck=healthcheck))
+
+
+@app.command()
 def deploy(
     pools: Annotated[PoolType, typer.Option(help="Where runs live.")] = PoolType.PROCESS,
     gpus: Annotated[int, typer.Option(min=1, help="How many trainings pool cuda runs at a time.")] = 1,

@@ -184,11 +184,10 @@ def _server(_recipe: Recipe) -> Iterator[Finding]:
     yield Finding("server", "ok", url)
     for pool in (CPU_POOL, CUDA_POOL):
         online = online_workers(pool)
-        command = f"prefect worker start --pool {pool}{' --limit 1' if pool == CUDA_POOL else ''}"
         yield (
             Finding(f"pool {pool}", "ok", ", ".join(online))
             if online
-            else Finding(f"pool {pool}", "missing", "no worker online", f"amazon-ft deploy, then {command}")
+            else Finding(f"pool {pool}", "missing", "no worker online", f"amazon-ft deploy, then amazon-ft worker {pool}")
         )
 
 

@@ -1,7 +1,8 @@
 """`amazon-ft up`: a server, both work pools, their workers and all deployments on this machine, until Ctrl-C.
 
 Everything started here runs in a session of its own, so that a terminal's Ctrl-C reaches this process alone, which then
-ends the workers before the server; and under flows/guard.py, so that it ends too when this process is killed.
+ends the workers before the server; and under flows/guard.py, so that it ends too when this process is killed, flow runs
+first.
 """
 
 from __future__ import annotations
@@ -18,17 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-import psutil
 from rich.console import Console
 
-from flows import deploy
+from flows import deploy, guard
 from flows.gpus import Gpu, visible_gpus
 from flows.server import wait_until_healthy
 from tasks.refs import ConfigError, PipelineError, home
 
-CHECKPOINT_SECONDS = 45
-"""What a worker gets to end in: its training writes a checkpoint first."""
-SERVER_SECONDS = 10
 ONLINE_SECONDS = 60
 STAY_SECONDS = 10
 """What ends earlier than this after its start would do so again."""
@@ -80,12 +77,9 @@ class Processes:
 
     def stop(self) -> None:
         """End the workers and their flow runs, all at once, then the server, which hears how the runs ended."""
-        processes = [psutil.Process(item.process.pid) for item in self.started.values() if item.process.poll() is None]
-        server = [process for process in processes if process.pid == next(iter(self.started.values())).process.pid]
-        workers = [process for process in processes if process not in server]
-        runs = [run for worker in workers for run in worker.children(recursive=True)]
-        _end(workers, CHECKPOINT_SECONDS, also=runs)
-        _end(server, SERVER_SECONDS)
+        server, *workers = [item.process for item in self.started.values()] or [None]
+        _end(workers, guard.RUN_SECONDS + 2 * guard.END_SECONDS)
+        _end([server], 2 * guard.END_SECONDS)
 
     def revive(self, console: Console) -> None:
         """Start again what ended by itself.
@@ -118,7 +112,7 @@ def run(options: Options, console: Console) -> None:
     """
     _check_port(options)
     gpus = visible_gpus()
-    with _ended_by_sigterm(), _processes(options) as processes:
+    with _ended_by_signals(), _processes(options) as processes:
         os.environ["PREFECT_API_URL"] = f"{options.url}/api"
         server = processes.start("server", *server_command(options))
         wait_until_healthy(f"{options.url}/api", server, log_of("server"))
@@ -215,26 +209,37 @@ def _check_port(options: Options) -> None:
             ) from error
 
 
+def serve_pool(pool: str, name: str | None, *, healthcheck: bool) -> int:
+    """Be a worker of a pool at PREFECT_API_URL; one run at a time where it trains. Returns Prefect's exit code."""
+    options = (["--limit", "1"] if pool == deploy.CUDA_POOL else []) + (["--with-healthcheck"] if healthcheck else [])
+    named = ["--name", name] if name else []
+    return guard.supervise(os.getppid(), ["prefect", "worker", "start", "--pool", pool, *named, *options])
+
+
 @contextmanager
-def _ended_by_sigterm() -> Generator[None]:
-    """SIGTERM ends the block as Ctrl-C does."""
+def _ended_by_signals() -> Generator[None]:
+    """SIGTERM and SIGINT end the block as Ctrl-C does, even where a shell started this in the background and ignores SIGINT."""
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _end(processes: Sequence[psutil.Process], seconds: float, *, also: Sequence[psutil.Process] = ()) -> None:
-    """Terminate processes and wait for them and what they end themselves; kill what is left after so many seconds."""
-    for process in processes:
+def _end(processes: Sequence[subprocess.Popen[bytes] | None], seconds: float) -> None:
+    """Terminate processes and wait for them; kill what is left after so many seconds."""
+    there = [process for process in processes if process is not None]
+    for process in there:
         process.terminate()
-    _, left = psutil.wait_procs([*processes, *also], seconds)
-    for process in left:
-        with suppress(psutil.NoSuchProcess):
+    give_up = time.monotonic() + seconds
+    for process in there:
+        try:
+            process.wait(max(0.1, give_up - time.monotonic()))
+        except subprocess.TimeoutExpired:
             process.kill()
-    psutil.wait_procs(left, SERVER_SECONDS)
+            process.wait()

@@ -89,7 +89,7 @@ def test_server_without_workers_is_said_with_the_commands_that_start_them(model:
     found = findings(model)
     assert found["server"].state == "ok"
     assert found["pool cuda"].state == "missing"
-    assert "prefect worker start --pool cuda --limit 1" in found["pool cuda"].advice
+    assert "amazon-ft worker cuda" in found["pool cuda"].advice
 
 
 def test_full_disk_is_missing(model: Path, no_server: None) -> None:

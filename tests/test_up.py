@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -16,10 +17,13 @@ import psutil
 import pytest
 
 from checkout import PROJECT
+from flows import up
 from flows.artifacts import Board, Queue
 from flows.deployed import Unbroken
+from flows.gpus import Gpu
 from flows.names import run_name, run_tags, short_digest
 from flows.recipes import load_recipe
+from tasks.refs import PipelineError
 from test_doctor import H200, driver
 
 PARENT = """
@@ -164,3 +168,43 @@ def test_run_name_tells_configurations_apart_but_not_where_they_run() -> None:
     assert run_tags(demo) == ["amazon-ft", "demo", "1,000 rows", short_digest(demo)]
     assert short_digest(demo) != short_digest(other)
     assert short_digest(demo) == short_digest(load_recipe("demo", ["finetune.keep_checkpoints=1"]))
+
+
+class Recorder(up.Processes):
+    """Notes what would be started."""
+
+    def start(self, name: str, *command: str, **env: str) -> Any:
+        self.started[name] = up.Started(command, env, subprocess.Popen(["true"]))
+        self.started[name].process.wait()
+
+
+@pytest.mark.parametrize(("count", "devices"), [(0, [None]), (2, ["GPU-0", "GPU-1"])])
+def test_every_gpu_gets_a_worker_pinned_to_it_and_none_gets_one_all_the_same(count: int, devices: list[str | None]) -> None:
+    processes = Recorder({})
+    names = up._start_workers(processes, [Gpu(f"{index}", f"GPU-{index}", "H200", "580.1", 1) for index in range(count)])
+    assert names == {"cpu-0": "cpu"} | {f"cuda-{number}": "cuda" for number in range(len(devices))}
+    trains = [item for name, item in processes.started.items() if name != "cpu-0"]
+    assert [item.env.get("CUDA_VISIBLE_DEVICES") for item in trains] == devices
+    assert all(item.command[-2:] == ("--limit", "1") for item in trains)
+
+
+def test_what_ends_again_and_again_is_not_started_for_ever() -> None:
+    from rich.console import Console
+
+    processes = Recorder({})
+    processes.start("cuda-0", "worker")
+    with pytest.raises(PipelineError, match="up: cuda-0: ended with exit code 0 within 10 s; expected it to stay"):
+        processes.revive(Console(file=io.StringIO()))
+
+
+def test_what_ends_later_is_started_again() -> None:
+    from rich.console import Console
+
+    processes, said = Recorder({}), io.StringIO()
+    processes.start("cuda-0", "worker", CUDA_VISIBLE_DEVICES="GPU-0")
+    first = processes.started["cuda-0"]
+    first.at -= up.STAY_SECONDS
+    processes.revive(Console(file=said))
+    assert processes.started["cuda-0"].process is not first.process
+    assert processes.started["cuda-0"].env == {"CUDA_VISIBLE_DEVICES": "GPU-0"}
+    assert "is started again" in said.getvalue()

@@ -98,10 +98,10 @@ class Served:
         final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
         return until(lambda: found if (found := self.run(run))["state_type"] in final else None, seconds)
 
-    def tasks(self, run: str) -> dict[str, str]:
-        """{task run: state} of a run."""
+    def tasks(self, run: str, run_count: int = 1) -> dict[str, str]:
+        """{task run: state} of a run's first or later try."""
         rows = self.post("task_runs/filter", flow_runs={"id": {"any_": [run]}}, limit=50)
-        return {row["name"]: row["state_name"] for row in rows}
+        return {row["name"]: row["state_name"] for row in rows if row["flow_run_run_count"] in (0, run_count)}
 
     def artifacts(self, run: str) -> dict[str, dict[str, Any]]:
         rows = self.post("artifacts/filter", flow_runs={"id": {"any_": [run]}}, limit=50)
@@ -111,8 +111,8 @@ class Served:
         rows = self.post("logs/filter", logs={"flow_run_id": {"any_": [run]}}, limit=200)
         return "\n".join(row["message"] for row in rows)
 
-    def set_state(self, run: str, kind: str) -> None:
-        self.post(f"flow_runs/{run}/set_state", state={"type": kind}, force=False)
+    def set_state(self, run: str, kind: str, *, name: str | None = None, force: bool = False) -> None:
+        self.post(f"flow_runs/{run}/set_state", state={"type": kind, "name": name}, force=force)
 
     def steps(self) -> int:
         """Training steps that were logged so far, over all trainings."""
@@ -126,8 +126,8 @@ class Served:
         assert self.run(child)["state_type"] == "RUNNING", self.run(child)["state"]
         return child
 
-    def newest_checkpoint(self) -> int:
-        return max((int(path.name.split("-")[1]) for path in (self.home / "work").glob("*/checkpoint-*")), default=0)
+    def checkpoints(self) -> set[str]:
+        return {str(path.relative_to(self.home)) for path in (self.home / "work").glob("*/checkpoint-*")}
 
     def process_of(self, run: str) -> psutil.Process:
         """The process that executes a run."""

@@ -5,10 +5,13 @@ Only the model's directory and sizes differ from the shipped demo.
 
 from __future__ import annotations
 
+import html
 import json
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from served import SHORT, Served, until
@@ -19,7 +22,7 @@ PREPARED = ["catalogue", "ingest", "sample", "sharegpt", "template", "tokenize"]
 @pytest.fixture(scope="module")
 def finished_run(served: Served) -> str:
     """A run by Prefect's own command line that found no cuda worker at first; its id."""
-    worker = served.process_named("--name", "cuda-0")
+    worker = served.process_named("inner", "--name", "cuda-0")
     worker.send_signal(signal.SIGSTOP)
     workers = "work_pools/cuda/workers"
     until(lambda: served.post(f"{workers}/filter"))
@@ -77,7 +80,7 @@ def test_names_and_tags_say_recipe_size_and_configuration(served: Served, finish
 
 
 def test_missing_worker_is_said_with_the_command_that_starts_one(served: Served, finished_run: str) -> None:
-    command = f"export PREFECT_API_URL={served.url}/api AMAZON_FT_HOME={served.home}\nprefect worker start --pool cuda"
+    command = f"export PREFECT_API_URL={served.url}/api AMAZON_FT_HOME={served.home}\namazon-ft worker cuda"
     assert command in until(lambda: served.logs(finished_run))
     assert "begun" in served.artifacts(finished_run)["demo-worker"]["data"]
 
@@ -119,13 +122,19 @@ def test_failure_of_the_training_reaches_the_parent_in_its_own_words(served: Ser
     assert message.endswith(served.child(run)["state"]["message"])
 
 
-def test_killed_training_process_crashes_child_and_parent(served: Served, finished_run: str, long: list[str]) -> None:
-    run = served.start(*long)
+def test_killed_training_crashes_the_run_and_a_retry_reruns_only_that(served: Served, finished_run: str, long: list[str]) -> None:
+    run = served.start(*long, "finetune.max_steps=300")
     child = served.training(run)
     served.process_of(child).kill()
     assert served.ended(child, 120)["state_type"] == "CRASHED"
     assert served.ended(run, 120)["state_type"] == "CRASHED"
     assert "SIGKILL" in served.run(run)["state"]["message"]
+    served.set_state(run, "SCHEDULED", name="AwaitingRetry", force=True)  # what the page's Retry does
+    until(lambda: served.run(run)["run_count"] == 2)
+    assert served.ended(run)["state_type"] == "COMPLETED"
+    again = {name: state for name, state in served.tasks(run, run_count=2).items() if name in PREPARED}
+    assert again == dict.fromkeys(PREPARED, "Cached")
+    assert len(served.children(run)) == 2
 
 
 def test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint(
@@ -133,10 +142,10 @@ def test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint(
 ) -> None:
     run = served.start(*long)
     child = served.training(run)
-    before = served.newest_checkpoint()
+    before = served.checkpoints()
     served.set_state(run, "CANCELLING")
     assert served.ended(run)["state_type"] == "CANCELLED"
-    until(lambda: served.newest_checkpoint() > before, 30)
+    until(lambda: served.checkpoints() - before, 30)
     until(lambda: served.run(child)["state_type"] == "CANCELLED", 60)
 
 
@@ -145,9 +154,50 @@ def test_killed_worker_crashes_its_run_with_the_cause_and_up_starts_it_again(
 ) -> None:
     run = served.start(*long)
     child = served.training(run)
-    worker = served.process_named("--name", "cuda-0")
+    worker = served.process_named("inner", "--name", "cuda-0")
     worker.kill()
     assert served.ended(child, 120)["state_type"] == "CRASHED"
     assert "worker that ran this was killed" in served.run(child)["state"]["message"]
     assert served.ended(run, 120)["state_type"] == "CRASHED"
-    until(lambda: served.process_named("--name", "cuda-0").pid != worker.pid)
+    until(lambda: served.process_named("inner", "--name", "cuda-0").pid != worker.pid)
+
+
+def page(url: str, profile: Path) -> str:
+    """What a browser shows of an address, scripts included."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium is on this machine")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
+    shown = [chromium, *options, "--window-size=1400,1300", "--virtual-time-budget=15000", "--dump-dom", url]
+    return html.unescape(subprocess.run(shown, capture_output=True, text=True, check=True, timeout=120).stdout)
+
+
+@pytest.mark.slow
+def test_page_of_a_run_shows_its_name_its_training_and_what_stages_said(
+    served: Served, finished_run: str, tmp_path: Path
+) -> None:
+    shown = page(f"{served.url}/runs/flow-run/{finished_run}", tmp_path)
+    for text in (
+        served.run(finished_run)["name"],
+        "sample completed: 40 rows",
+        "No worker of work pool cuda is online",
+        "Artifacts",
+    ):
+        assert text in shown
+
+
+@pytest.mark.slow
+def test_pages_of_artifacts_show_text_and_plot(served: Served, finished_run: str, tmp_path: Path) -> None:
+    artifacts = served.artifacts(finished_run)
+    rows = page(f"{served.url}/artifacts/artifact/{artifacts['demo-rows']['id']}", tmp_path)
+    assert "What the model is trained to say" in rows
+    training = page(f"{served.url}/artifacts/artifact/{artifacts['demo-training']['id']}", tmp_path)
+    assert 'src="data:image/svg+xml;base64,' in training
+
+
+@pytest.mark.slow
+def test_form_asks_for_every_section_and_for_overrides(served: Served, tmp_path: Path) -> None:
+    demo = served.deployment("amazon-ft/demo")["id"]
+    shown = page(f"{served.url}/deployments/deployment/{demo}/run", tmp_path)
+    for text in ("Learning Rate", "Max Steps", "Drop Duplicates", "Optimizer steps; overrides epochs", "overrides"):
+        assert text in shown

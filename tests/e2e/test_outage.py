@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import sqlite3
 import time
+from contextlib import closing
 
 import pytest
 from served import Served, until
@@ -16,7 +18,7 @@ def test_training_goes_on_while_the_server_is_away(served: Served, long: list[st
     run = served.start(*long, "finetune.max_steps=1200", "finetune.seed=1")
     child = served.training(run)
     served.process.send_signal(signal.SIGSTOP)  # or it would start the server again
-    served.process_named("server", "start").kill()
+    served.process_named("inner", "server").kill()
     before, counts = served.steps(), list[int]()
     for _ in range(4):
         time.sleep(OUTAGE_SECONDS / 4)
@@ -29,8 +31,16 @@ def test_training_goes_on_while_the_server_is_away(served: Served, long: list[st
     assert served.ended(run)["state_type"] == "COMPLETED", served.run(run)["state"]
 
 
-def test_ctrl_c_ends_everything_it_started_and_nothing_else(served: Served) -> None:
-    assert len(served.processes()) >= 4
+def test_ctrl_c_ends_everything_after_the_training_wrote_a_checkpoint(served: Served, long: list[str]) -> None:
+    run = served.start(*long, "finetune.seed=2")
+    child = served.training(run)
+    before = served.checkpoints()
+    assert len(served.processes()) >= 6
     served.stop()
     assert served.process.returncode == 0
     until(lambda: not served.processes(), 20)
+    assert served.checkpoints() - before
+    with closing(sqlite3.connect(served.root / "prefect" / "prefect.db")) as database:
+        states = dict(database.execute("select id, state_type from flow_run where id in (?, ?)", (run, child)))
+    assert set(states) == {run, child}
+    assert set(states.values()) <= {"CRASHED", "CANCELLED"}
