@@ -44,6 +44,7 @@ def data(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers there.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer directory; else that of the recipe's model.")] = None,
     recipe: Annotated[str, typer.Option(help="Recipe whose data stages are run.")] = "default",
+    turns: Annotated[list[int] | None, typer.Option(help="Turns a conversation; may be repeated; else 1 and 3.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each side; the median counts.")] = 1,
 ) -> None:
     """From product lines to token ids of 100,000 conversations: seconds, rows/s, MB/s and memory."""
@@ -52,7 +53,8 @@ def data(
     from tasks.model import base_model
 
     directory = tokenizer or Path(base_model(load_recipe(recipe).model).tokenizer.path)
-    found = bench_data(rows, directory, recipe, against_document=against is not None, repeats=repeats, console=Console())
+    sides = ("ours", "document") if against else ("ours",)
+    found = bench_data(rows, directory, recipe, sides=sides, turns=tuple(turns or (1, 3)), repeats=repeats, console=Console())
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

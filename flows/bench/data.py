@@ -29,7 +29,6 @@ CONVERSATIONS = 100_000
 """As in the document."""
 ROWS_A_CONVERSATION = 2.2
 """A smaller file has fewer conversations: rows without a title or content, and those for evaluation, leave so many."""
-TURNS = (1, 3)
 AS_WRITTEN = 3
 """Turns a conversation in the document."""
 LIBRARIES = ("datasets", "numpy", "polars", "pyarrow", "tokenizers", "transformers", "unsloth")
@@ -76,20 +75,19 @@ class Measured:
 
 
 def bench_data(
-    rows: int, tokenizer: Path, recipe: str, *, against_document: bool, repeats: int, console: Console
+    rows: int, tokenizer: Path, recipe: str, *, sides: tuple[str, ...], turns: tuple[int, ...], repeats: int, console: Console
 ) -> dict[str, Any]:
     """Measure and print; all numbers, with machine and versions.
 
     Raises:
         InputError: when the document's code is asked for and Unsloth is not installed.
     """
-    if against_document and find_spec("unsloth") is None:
+    if "document" in sides and find_spec("unsloth") is None:
         raise InputError("bench data: --against document: got no package unsloth; expected it. pip install unsloth unsloth_zoo")
     bench = Bench(product_file(rows, home() / "bench"), rows, tokenizer.absolute(), recipe)
-    sides = ("ours", "document") if against_document else ("ours",)
     measured = list[Measured]()
-    for turns, side in ((turns, side) for turns in TURNS for _ in range(repeats) for side in sides):
-        measured.append(measure(bench, side, turns))
+    for count, side in ((count, side) for count in turns for _ in range(repeats) for side in sides):
+        measured.append(measure(bench, side, count))
         console.print(_line(measured[-1]), highlight=False)
     size = bench.source.stat().st_size
     console.print(_table(measured, rows, size))
@@ -127,7 +125,7 @@ def ratios(measured: list[Measured], document_turns: int | None = None) -> dict[
     ({'1': 4.5}, {})
     """
     found = dict[str, float]()
-    for turns in TURNS:
+    for turns in sorted({entry.turns for entry in measured}):
         ours, document = _seconds(measured, "ours", turns), _seconds(measured, "document", document_turns or turns)
         if ours and document:
             found[str(turns)] = round(statistics.median(document) / statistics.median(ours), 2)
