@@ -39,7 +39,7 @@ def changes(where: str, before: Any, now: Any) -> list[str]:
     if before == now:
         return []
     old, new = _parts(before), _parts(now)
-    if old and new:
+    if old and new and (isinstance(before, dict) or len(old) == len(new)):
         return [line for name in {**old, **new} for line in changes(f"{where}{name}".lstrip("."), old.get(name), new.get(name))]
     return [f"{where} {_short(before)} -> {_short(now)}"]
 
