@@ -1,4 +1,4 @@
-"""The command line: amazon-ft run | plan | cache."""
+"""The command line: amazon-ft run | plan | cache | up | worker | deploy | doctor | bench."""
 
 from __future__ import annotations
 
