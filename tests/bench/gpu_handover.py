@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.bench.gpu_prepare import ARMS, data_settings
+from tests.bench.gpu_prepare import data_settings
 
 if TYPE_CHECKING:
     from tests.bench.gpu_session import Session
@@ -23,14 +23,20 @@ KILLED_SAVE_STEPS = 20
 DATA_STAGES = ("ingest", "sample", "sharegpt", "template", "tokenize")
 
 
-def handover(session: Session, found: dict[str, Any]) -> None:
-    """Both recipes by `prefect deployment run`; their data stages come from the carried root, and nothing of them runs."""
-    found["plan"] = {recipe: planned(session, recipe) for recipe in ARMS}
+def as_written(session: Session, found: dict[str, Any]) -> None:
+    """as-written by `prefect deployment run`, its training killed and run again; its data stages come from the carried root."""
+    found["plan"] = planned(session, "as-written")
+    steps = 2 if session.rehearse else KILLED_SAVE_STEPS
+    saving = [f"finetune.save_steps={steps}", f"finetune.logging_steps={min(10, steps)}"]
     with served(session) as environment:
-        killed = KILLED_SAVE_STEPS if not session.rehearse else 2
-        save = [f"finetune.save_steps={killed}", f"finetune.logging_steps={min(10, killed)}"]
-        found["as-written"] = killed_and_run_again(session, environment, [*settings_of(session, "as-written"), *save])
-        found["default"] = deployed(session, environment, "default", settings_of(session, "default"))
+        found |= killed_and_run_again(session, environment, [*settings_of(session, "as-written"), *saving])
+
+
+def default(session: Session, found: dict[str, Any]) -> None:
+    """default by `prefect deployment run`, from the carried root."""
+    found["plan"] = planned(session, "default")
+    with served(session) as environment:
+        found |= deployed(session, environment, "default", settings_of(session, "default"))
 
 
 def settings_of(session: Session, recipe: str) -> list[str]:
@@ -111,7 +117,7 @@ def deployed(session: Session, environment: dict[str, str], recipe: str, setting
         "parent": states,
         "child": {name: [entry["state"], entry["seconds"], entry["reason"]] for name, entry in trained.items()},
         "saved": sorted(file.name for file in (session.home / saved["path"]).iterdir()),
-        **training_of(session),
+        **training_of(session, trained["finetune"]["key"]),
         "metrics": metrics_of(session, trained["evaluate"]),
     }
 
@@ -120,7 +126,7 @@ def killed_and_run_again(session: Session, environment: dict[str, str], settings
     """as-written, its training killed by SIGKILL at a step, and run again: it goes on from its last checkpoint."""
     log, at = session.work / "killed.log", KILL_AT if not session.rehearse else 4
     process = start(environment, "as-written", settings, log)
-    while len(before := steps_of(session)) < at:
+    while len(before := steps_of(newest_log(session))) < at:
         if process.poll() is not None:
             raise RuntimeError(f"ended before step {at}: {log.read_text()[-3000:]}\n{logs_of(session)}")
         time.sleep(0.05)
@@ -130,28 +136,31 @@ def killed_and_run_again(session: Session, environment: dict[str, str], settings
     code = process.wait()
     told = {"killed_at_step": before[-1]["step"], "exit_code": code, "seconds_until_told": round(time.monotonic() - began, 1)}
     result = deployed(session, environment, "as-written", settings)
-    repeated = [abs(one["loss"] - other["loss"]) for one, other in zip(before, steps_of(session), strict=False)]
+    repeated = [abs(one["loss"] - other["loss"]) for one, other in zip(before, steps_of(newest_log(session)), strict=False)]
     return result | told | {"loss_differences_of_the_steps_before_the_kill": repeated}
 
 
-def steps_of(session: Session) -> list[dict[str, Any]]:
-    """The log of the newest training's work directory, whole lines."""
-    logs = sorted((session.home / "work").glob("*/train_log.jsonl"), key=lambda path: path.stat().st_mtime)
-    lines = logs[-1].read_text().splitlines(keepends=True) if logs else []
+def newest_log(session: Session) -> Path:
+    """Of the trainings that have logged a step; nowhere when none has."""
+    logs = (session.home / "work").glob("*/train_log.jsonl")
+    return max(logs, key=lambda path: path.stat().st_mtime, default=session.home / "nowhere")
+
+
+def steps_of(log: Path) -> list[dict[str, Any]]:
+    """The steps of a training's log that are written to their end."""
+    lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def training_of(session: Session) -> dict[str, Any]:
-    """Losses, and memory as estimated and as measured."""
-    records = steps_of(session)
-    logs = sorted((session.home / "artifacts" / "training-log").glob("*/resolved.json"), key=lambda path: path.stat().st_mtime)
-    resolved = json.loads(logs[-1].read_text())
+def training_of(session: Session, key: str) -> dict[str, Any]:
+    """Losses, and memory as estimated and as measured, of the training with that key."""
+    adapter = json.loads(json.loads((session.home / "records" / key).read_bytes())["result"])
+    log = session.home / "artifacts" / adapter["log"]["kind"] / adapter["log"]["digest"][:32]
+    records, resolved = steps_of(log / "train_log.jsonl"), json.loads((log / "resolved.json").read_text())
     return {
         "steps": len(records),
         "losses": [round(record["loss"], 4) for record in records],
-        "estimated_gib": resolved["estimated_gib"],
-        "peak_gib": resolved["peak_gib"],
-        "dtype": resolved["dtype"],
+        **{name: resolved[name] for name in ("estimated_gib", "peak_gib", "dtype")},
     }
 
 

@@ -1,13 +1,16 @@
 """The document's job on one GPU, measured: all of it in one go, or phase by phase, without network; results as JSON.
 
-usage: python -m tests.bench.gpu_session CARRIED WORK RESULTS [--phases setup,timing,handover,small,tests] [--rehearse]
+usage: python -m tests.bench.gpu_session CARRIED WORK RESULTS [--phases setup,timing,as-written,default+small+tests]
+
+Phases with a plus between them run at the same time, which times nothing but all of them.
 
 CARRIED is what tests/bench/gpu_prepare.py made on a CPU machine. WORK is scratch that later phases find again. RESULTS is
 written after each phase, so that a killed session keeps what it has measured.
 
     setup      unpack the root, grow the product file, make the models                              GPU: minutes
     timing     the document's code and ours on the same texts: seconds a step, memory, seconds to the first step, logits
-    handover   a Prefect server with a cpu and a cuda worker; as-written (killed at a step, run again) and default
+    as-written, default     on a Prefect server with a cpu and a cuda worker, from the carried root; as-written is killed at
+               a step of its training and run again
     small      SmolLM2-135M: losses against three runs of the document's code; both recipes judged on the same answers
     tests      pytest -m gpu
 
@@ -26,12 +29,13 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tests.bench.gpu_handover import handover
+from tests.bench.gpu_handover import as_written, default
 from tests.bench.gpu_prepare import grow
 from tests.bench.gpu_small import small
 from tests.bench.gpu_timing import timing
@@ -151,10 +155,23 @@ def gpu_tests(session: Session, found: dict[str, Any]) -> None:
 PHASES: dict[str, Callable[[Session, dict[str, Any]], None]] = {
     "setup": setup,
     "timing": timing,
-    "handover": handover,
+    "as-written": as_written,
+    "default": default,
     "small": small,
     "tests": gpu_tests,
 }
+
+
+def run(session: Session, phase: str) -> dict[str, Any]:
+    """What a phase found, as far as it came."""
+    began, found = time.monotonic(), dict[str, Any]()
+    try:
+        PHASES[phase](session, found)
+    except Exception as error:
+        found["failed"] = f"{type(error).__name__}: {error}"
+    found["seconds_of_phase"] = round(time.monotonic() - began, 1)
+    print(phase, found.get("failed", "done")[-4000:], found["seconds_of_phase"], "s", flush=True)
+    return found
 
 
 def machine(session: Session) -> dict[str, Any]:
@@ -192,23 +209,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("carried", "work", "results"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--phases", default=",".join(PHASES))
+    parser.add_argument("--phases", default="setup,timing,as-written,default+small+tests")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
     session = Session(options.carried.resolve(), options.work.resolve(), options.rehearse)
     results = json.loads(options.results.read_text()) if options.results.is_file() else {}
     failed = False
-    for phase in options.phases.split(","):
-        began, found = time.monotonic(), dict[str, Any]()
-        try:
-            PHASES[phase](session, found)
-        except Exception as error:
-            found["failed"], failed = f"{type(error).__name__}: {error}", True
-        found["seconds_of_phase"] = round(time.monotonic() - began, 1)
-        results |= {"machine": machine(session), phase: found}
+    for group in options.phases.split(","):
+        phases = group.split("+")
+        with ThreadPoolExecutor(len(phases)) as pool:
+            told = dict(zip(phases, pool.map(lambda phase: run(session, phase), phases), strict=True))
+        results |= {"machine": machine(session), **told}
         options.results.parent.mkdir(parents=True, exist_ok=True)
         options.results.write_text(json.dumps(results, indent=1, ensure_ascii=False))
-        print(phase, found.get("failed", "done")[-4000:], found["seconds_of_phase"], "s", flush=True)
+        failed = failed or any("failed" in found for found in told.values())
     print(json.dumps({name: short(value) for name, value in results.items()}, indent=1)[-8000:])
     sys.exit(failed)
 
