@@ -130,7 +130,7 @@ def killed_and_run_again(session: Session, environment: dict[str, str], settings
         if process.poll() is not None:
             raise RuntimeError(f"ended before step {at}: {log.read_text()[-3000:]}\n{logs_of(session)}")
         time.sleep(0.05)
-    holder = next((session.home / "work").glob("*/.lock")).read_text()
+    holder = newest_log(session).with_name(".lock").read_text()
     os.kill(int(holder.split()[1]), 9)
     began = time.monotonic()
     code = process.wait()
