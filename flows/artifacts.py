@@ -54,14 +54,16 @@ class Queue:
     """Calls to the server, one after another, on a thread of their own."""
 
     def __init__(self) -> None:
-        self._jobs: queue.Queue[Job | None] = queue.Queue()
+        self._jobs: queue.Queue[tuple[Job, threading.Event] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="artifacts", daemon=True)
         self._failed = False
         self._thread.start()
 
-    def put(self, job: Job) -> None:
-        """Do it some time."""
-        self._jobs.put(job)
+    def put(self, job: Job) -> threading.Event:
+        """Do it some time; the event is set when it was done or failed."""
+        done = threading.Event()
+        self._jobs.put((job, done))
+        return done
 
     def close(self) -> None:
         """Wait for what is left, a few seconds at most."""
@@ -72,13 +74,16 @@ class Queue:
         from prefect.client.orchestration import get_client
 
         with get_client(sync_client=True) as client:
-            while (job := self._jobs.get()) is not None:
+            while (entry := self._jobs.get()) is not None:
+                job, done = entry
                 try:
                     job(client)
                 except Exception:
                     if not self._failed:
                         logger.warning("An artifact of this run could not be shown; the run goes on.", exc_info=True)
                     self._failed = True
+                finally:
+                    done.set()
 
 
 @dataclass
@@ -90,9 +95,9 @@ class Board:
     jobs: Queue
     _ids: dict[str, UUID] = field(default_factory=dict[str, "UUID"])
 
-    def show(self, key: str, description: str, make: Callable[[], object], *, kind: str = "markdown") -> None:
-        """Queue an artifact; `make` is called on the queue's thread."""
-        self.jobs.put(lambda client: self._send(client, key, description, make(), kind))
+    def show(self, key: str, description: str, make: Callable[[], object], *, kind: str = "markdown") -> threading.Event:
+        """Queue an artifact; `make` is called on the queue's thread. The event is set when it was sent."""
+        return self.jobs.put(lambda client: self._send(client, key, description, make(), kind))
 
     def _send(self, client: SyncPrefectClient, key: str, description: str, data: object, kind: str) -> None:
         from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
@@ -106,7 +111,11 @@ class Board:
 
 
 class LiveTraining:
-    """Hears of a training: a progress bar and the loss curve."""
+    """Hears of a training: a progress bar and the loss curve.
+
+    It is called on a thread of its own that hands it the newest report (tasks/backends/progress.py), so it may wait for the
+    server: reports that come meanwhile are left out instead of piling up.
+    """
 
     def __init__(self, board: Board) -> None:
         self._board = board
@@ -118,7 +127,7 @@ class LiveTraining:
         points, done = list(self._points), 100.0 * report.step / max(report.steps, 1)
         left = f"step {report.step} of {report.steps}, {report.eta_seconds:,.0f} s left"
         self._board.show("training-progress", left, lambda: done, kind="progress")
-        self._board.show("training", left, lambda: _training(points, report))
+        self._board.show("training", left, lambda: _training(points, report)).wait()
 
     def close(self) -> None:
         """The curve stays as it is."""

@@ -16,6 +16,8 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 260, 64, 36, 16
 """Of a plot, in pixels; the last three are its margins."""
 BLUE, GREY = "#2563eb", "#8a8f98"
 BINS = 24
+POINTS = 400
+"""That a curve is drawn through, about; more would only make the page slow."""
 LINE = 110
 """Characters of a line that the UI shows without scrolling."""
 
@@ -155,6 +157,7 @@ def curve(points: Sequence[tuple[int, float]], across: str, up: str) -> str:
     """A line through the points; a note while there are none."""
     if not points:
         return "No step was logged yet."
+    points = [*points[:: max(1, len(points) // POINTS)], points[-1]]
     high, low = max(value for _, value in points), min(0.0, *(value for _, value in points))
     first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
     spots = [(_x((step - first) / (last - first)), _y((value - low) / (high - low or 1))) for step, value in points]

@@ -75,6 +75,13 @@ def test_curve_falls_where_the_loss_falls() -> None:
     assert ys[0] < ys[-1]
 
 
+def test_curve_of_a_long_training_stays_small_and_ends_with_the_last_step() -> None:
+    text = report.curve([(step, 1 / (step + 1)) for step in range(100_000)], "step", "loss")
+    (line,) = shapes(svg(text), "polyline")
+    assert len(text) < 40_000
+    assert line.get("points", "").split()[-1].startswith(f"{report.WIDTH - 16:.1f},")
+
+
 def test_training_without_a_step_says_so() -> None:
     assert "No step was logged yet." in report.training([], {"step": "0 of 9"})
 

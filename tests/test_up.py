@@ -18,11 +18,13 @@ import pytest
 
 from checkout import PROJECT
 from flows import up
-from flows.artifacts import Board, Queue
+from flows.artifacts import Board, LiveTraining, Queue
 from flows.deployed import Unbroken
 from flows.gpus import Gpu
 from flows.names import run_name, run_tags, short_digest
 from flows.recipes import load_recipe
+from tasks.backends import Report
+from tasks.backends.progress import Detached
 from tasks.refs import PipelineError
 from test_doctor import H200, driver
 
@@ -137,6 +139,22 @@ def test_queue_never_waits_for_the_server_nor_fails_with_it(prefect_api: str, ca
     jobs.close()
     assert server.sent == list(range(100))
     assert "the run goes on" in caplog.text
+
+
+def test_reports_that_come_while_the_server_is_away_do_not_pile_up(prefect_api: str) -> None:
+    jobs, server = Queue(), Server()
+    live = LiveTraining(Board(uuid4(), "demo", jobs))
+    listener = Detached(live)
+    jobs.put(lambda _: server.release.wait(20))
+    started = time.monotonic()
+    for step in range(1, 1001):
+        listener.report(Report(step, 1000, 1.0, 1.0, 1e-4, 100.0, 0.0))
+    assert time.monotonic() - started < 1
+    assert jobs._jobs.qsize() <= 2
+    server.release.set()
+    listener.close()
+    jobs.close()
+    assert 1 <= len(live._points) < 1000
 
 
 def test_end_of_a_run_does_not_wait_for_ever(prefect_api: str, monkeypatch: pytest.MonkeyPatch) -> None:
