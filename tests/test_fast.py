@@ -369,3 +369,49 @@ def test_the_sizes_of_packs_are_read_without_their_tokens() -> None:
 def test_settings_that_exclude_each_other_are_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe("fast", [override])
+
+
+def needs_cuda() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "bound"), [("plain", 2e-2), ("fp8", 6e-2)])
+def test_on_a_gpu_a_map_and_its_gradients_stay_near_to_float32(kind: frozen.Kind, bound: float) -> None:
+    needs_cuda()
+    random = torch.Generator().manual_seed(0)
+    shapes = {"x": (64, 256), "w": (96, 256), "a": (16, 256), "b": (96, 16), "g": (64, 96)}
+    x, w, a, b, g = (torch.randn(shape, generator=random) / shape[1] ** 0.5 for shape in shapes.values())
+    wanted = map_and_gradients("plain", [x, a, b], w, g)
+    lower = [part.to("cuda", torch.bfloat16) for part in (x, a, b, w, g)]
+    got = map_and_gradients(kind, lower[:3], lower[3], lower[4])
+    for name, one, other in zip(("y", "dx", "da", "db"), got, wanted, strict=True):
+        assert (one.float().cpu() - other).norm() < bound * other.norm(), name
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_compiled_packs_lose_what_rows_lose_on_the_cpu(tmp_path: Path) -> None:
+    needs_cuda()
+    wide = tiny_reference(make_tiny_model(tmp_path / "wide", hidden=256))
+    packs = tiny_tokens(40, kind="packs")
+    on_cpu = curve(train(wide, packs, **FAST, batch_size=1))
+    on_gpu = curve(train(wide, packs, **FAST | {"frozen_weights": "plain"}, batch_size=1, device="cuda", dtype="bfloat16"))
+    assert on_gpu == pytest.approx(on_cpu, rel=0.01)
+
+
+def test_the_bench_measures_the_backend_in_a_process_of_its_own(model: Model, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from flows.bench.train import bench_train
+
+    data = tiny_tokens(60, kind="packs")
+    console = Console(file=(tmp_path / "told").open("w"), width=120)
+    found = bench_train(model, data.path, held=("auto",), against_document=False, console=console)
+    ours = found["sides"]["auto"]
+    assert found["device"] == "CPU"
+    assert len(ours["windows"]) == 3
+    assert ours["tokens_per_second"] == sorted(ours["windows"])[1] > 0
+    assert ours["seconds_to_first_step"] > 0
+    console.file.close()
+    assert "No GPU here: a tiny model on the CPU" in (tmp_path / "told").read_text()
