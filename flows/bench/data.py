@@ -167,16 +167,16 @@ def _line(entry: Measured) -> str:
 
 
 def _table(measured: list[Measured], rows: int, size: int) -> Table:
-    columns = ("seconds", "rows/s", "MB/s", "peak RSS", "peak anonymous", "document / ours", "document as written / ours")
-    table = Table("", "turns", *columns)
+    compared = {"document / ours": ratios(measured), "as written / ours": ratios(measured, AS_WRITTEN)}
+    shown = {name: found for name, found in compared.items() if found}
+    table = Table("", "turns", "s", "rows/s", "MB/s", "RSS", "anonymous", *shown)
     for side, turns in dict.fromkeys((entry.side, entry.turns) for entry in measured):
         entries = [entry for entry in measured if (entry.side, entry.turns) == (side, turns)]
         seconds = statistics.median(_seconds(measured, side, turns))
         peaks = (max(entry.peak_rss_bytes for entry in entries), max(entry.peak_anonymous_bytes for entry in entries))
         speed = (f"{seconds:.1f}", f"{rows / seconds:,.0f}", f"{size / seconds / 1e6:.0f}")
-        compared = (ratios(measured), ratios(measured, AS_WRITTEN)) if side == "ours" else ()
-        cells = (str(found.get(str(turns), "")) for found in compared)
-        table.add_row(side, str(turns), *speed, *(f"{peak / 1e9:.2f} GB" for peak in peaks), *cells)
+        times = (str(found[str(turns)]) if side == "ours" else "" for found in shown.values())
+        table.add_row(side, str(turns), *speed, *(f"{peak / 1e9:.2f} GB" for peak in peaks), *times)
     return table
 
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from flows.shards import read_products
 from tasks.catalogue import lines
 from tasks.config import CatalogueConfig, IngestConfig
 from tasks.ingest import ingest, locate_source
+from tasks.stage import planning
 
 READ = Path(__file__).parent / "shard_stages.py"
 FIVE = 5
@@ -40,14 +42,22 @@ def whole(files: list[str]) -> str:
     return ingest.fn(locate_source(tuple(files)), IngestConfig()).data.digest
 
 
+def planned(files: list[str]) -> list[list[str]]:
+    with planning("shards") as plan:
+        read_products(locate_source(tuple(files)), IngestConfig())
+    return [[step.name, step.state] for step in plan.steps]
+
+
 def test_of_four_files_a_fifth_runs_one_ingest(prefect_api: str, files: list[str]) -> None:
+    assert planned(files) == [["ingest", "run"]] * FIVE + [["join", "unknown"]]
     first = read(files[:4])
     assert first["stages"] == [["ingest", "completed"]] * 4 + [["join", "completed"]]
     assert first["digest"] == whole(files[:4])
-    assert read(files[:4])["stages"] == [["ingest", "cached"]] * 4 + [["join", "cached"]]
+    assert planned(files) == [["ingest", "cached"]] * 4 + [["ingest", "run"], ["join", "unknown"]]
     more = read(files)
     assert more["stages"] == [["ingest", "cached"]] * 4 + [["ingest", "completed"], ["join", "completed"]]
     assert more["digest"] == whole(files)
+    assert planned(files) == [["ingest", "cached"]] * FIVE + [["join", "cached"]]
 
 
 @pytest.fixture
