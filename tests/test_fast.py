@@ -306,12 +306,13 @@ def test_killed_and_run_again_it_equals_an_uninterrupted_training_to_the_bit(
     assert got == ((whole.data / "adapter_model.safetensors").read_bytes(), curve(whole))
 
 
-def test_nf4_is_that_of_bitsandbytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["nf4", "plain"])
+def test_a_base_model_stored_in_nf4_is_trained_as_it_is_or_unpacked(kind: frozen.Kind, tmp_path: Path) -> None:
     model = tiny_reference(make_tiny_model(tmp_path / "wide", hidden=64))
     with torch.no_grad():  # a forward pass on the CPU repacks the weights, so each has its own
         wanted = in_nf4(model)(input_ids=torch.tensor([ROWS[0]["input_ids"]])).logits[0].float()
     wrapped = in_nf4(model)
-    got = packed(wrapped, ROWS[:1], kind="nf4")[1].float()
+    got = packed(wrapped, ROWS[:1], kind=kind)[1].float()
     assert (got - wanted).norm() < 0.02 * wanted.norm()
     assert all(grad.abs().sum() > 0 for name, grad in gradients(wrapped).items() if "lora_A" not in name)
 

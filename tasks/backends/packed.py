@@ -60,7 +60,8 @@ class PackedLlama:
         """Take over the frozen matrices of `wrapped`, which can no longer run by itself then."""
         llama, config = wrapped.get_base_model(), wrapped.config
         self._body, self._head = llama.model, llama.lm_head.weight
-        maps = [[take_over(getattr(layer, part), names, kind) for part, names in GROUPS] for layer in self._body.layers]
+        dtype = self._body.embed_tokens.weight.dtype
+        maps = [[take_over(getattr(layer, part), names, kind, dtype) for part, names in GROUPS] for layer in self._body.layers]
         norms = [(layer.input_layernorm.weight, layer.post_attention_layernorm.weight) for layer in self._body.layers]
         self._layers = list(zip(maps, norms, strict=True))
         size = self._body.layers[0].self_attn.head_dim
@@ -155,7 +156,7 @@ def _attend_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
 
 
-def take_over(parent: Any, names: Sequence[str], kind: Kind) -> Map:
+def take_over(parent: Any, names: Sequence[str], kind: Kind, dtype: torch.dtype) -> Map:
     """The frozen matrices of modules with a common input as one, taken out of the modules, and their adapters."""
     modules = [getattr(parent, name) for name in names]
     linears = [getattr(module, "base_layer", module) for module in modules]
@@ -167,7 +168,7 @@ def take_over(parent: Any, names: Sequence[str], kind: Kind) -> Map:
         base = frozen.freeze_nf4([linear.weight.data for linear in linears], [unnested_scales(state) for state in states])
     else:
         freeze = frozen.freeze_fp8 if kind == "fp8" else frozen.freeze_plain
-        base = freeze(torch.cat([plain_weight(linear) for linear in linears]), rank)
+        base = freeze(torch.cat([plain_weight(linear).to(dtype) for linear in linears]), rank)
     for linear in linears:
         linear.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
     return base, tuple(downs), tuple(ups)
@@ -176,7 +177,8 @@ def take_over(parent: Any, names: Sequence[str], kind: Kind) -> Map:
 def _adapter(module: Any, linear: Any) -> tuple[Tensor, Tensor]:
     """A (rank, in) and B (out, rank) of a module; of rank 0 where it has no adapter."""
     if module is linear:
-        return torch.zeros(0, linear.in_features), torch.zeros(linear.out_features, 0)
+        where = linear.weight.device
+        return torch.zeros(0, linear.in_features, device=where), torch.zeros(linear.out_features, 0, device=where)
     return module.lora_A["default"].weight, module.lora_B["default"].weight
 
 
