@@ -24,6 +24,7 @@ from tasks.assemble import Bodies, TurnEncoder, choose_encoder, encode_whole, re
 from tasks.config import TokenizeConfig
 from tasks.encode import Encoded, load_tokenizer, special_id, to_ids
 from tasks.fit import Tally, check_ends, check_tally, count_bos, fit
+from tasks.progress import counted
 from tasks.refs import Artifact, Split, Texts, Tokenizer
 from tasks.shape import Template
 from tasks.stage import stage
@@ -127,7 +128,8 @@ class Method:
             return pa.RecordBatch.from_arrays([bodies.ids, pa.array(bodies.unlearnt)], schema=schema)
 
         schema = pa.schema({"ids": pa.large_binary(), "unlearnt": pa.int64()})
-        write_table(scratch, schema, in_order(encode, bounded_ranges(sizes, max_bytes=MAX_BYTES)))
+        encoded = in_order(encode, bounded_ranges(sizes, max_bytes=MAX_BYTES))
+        write_table(scratch, schema, counted("tokenize", encoded, turns.num_rows))
         gather = Gather(read_table(scratch))
 
         def assemble(products: NDArray[np.integer], width: int) -> Encoded:
