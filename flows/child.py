@@ -140,7 +140,9 @@ def _cancel(run: UUID) -> None:
 
     try:
         with get_client(sync_client=True) as client:
-            client.set_flow_run_state(run, Cancelling(message="The parent flow run ended first."))
+            state = client.read_flow_run(run).state
+            if state is None or not state.is_final():  # it may have ended by the same signal
+                client.set_flow_run_state(run, Cancelling(message="The parent flow run ended first."))
     except httpx.HTTPError:
         logger.warning("amazon-ft-train could not be cancelled: the server does not answer.", exc_info=True)
 

@@ -43,7 +43,7 @@ class Options:
     @property
     def url(self) -> str:
         """The server's own, for programs on this machine."""
-        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"  # only compared
+        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
 
 
 @dataclass

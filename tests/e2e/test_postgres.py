@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,32 +17,31 @@ BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
 
 @pytest.fixture
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a real PostgreSQL of the test's own; it refuses to run as root."""
+def postgres() -> Iterator[str]:
+    """URL of a real PostgreSQL of the test's own, in a directory that its user can reach; it refuses to run as root."""
     if not BINARIES:
         pytest.skip("PostgreSQL's binaries are not in /usr/lib/postgresql")
-    root = tmp_path_factory.mktemp("postgres")
-    for parent in (root, *root.parents[:2]):
-        parent.chmod(0o755)
-    data = root / "data"
-    data.mkdir()
-    shutil.chown(data, "postgres")
-    with socket.socket() as probe:
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port = str(probe.getsockname()[1])
+        probe.close()
+        if os.geteuid() == 0:
+            shutil.chown(folder, "postgres")
+        run("initdb", "-D", f"{folder}/data", "-U", "prefect", "--auth=trust", "--no-sync")
+        options = f"-c listen_addresses=127.0.0.1 -p {port} -k {folder} -c fsync=off"
+        run("pg_ctl", "-D", f"{folder}/data", "-w", "-l", f"{folder}/log", "-o", options, "start")
+        try:
+            run("createdb", "-h", "127.0.0.1", "-p", port, "-U", "prefect", "prefect")
+            yield f"postgresql+asyncpg://prefect@127.0.0.1:{port}/prefect"
+        finally:
+            run("pg_ctl", "-D", f"{folder}/data", "-m", "fast", "stop")
 
-    def as_postgres(program: str, *arguments: str) -> None:
-        command = ["runuser", "-u", "postgres", "--", str(BINARIES[-1] / program), *arguments]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=data)
 
-    as_postgres("initdb", "-D", str(data), "-U", "prefect", "--auth=trust", "--no-sync")
-    options = f"-c listen_addresses=127.0.0.1 -p {port} -k {data} -c fsync=off"
-    as_postgres("pg_ctl", "-D", str(data), "-w", "-l", str(data / "log"), "-o", options, "start")
-    try:
-        as_postgres("createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "prefect", "prefect")
-        yield f"postgresql+asyncpg://prefect@127.0.0.1:{port}/prefect"
-    finally:
-        as_postgres("pg_ctl", "-D", str(data), "-m", "fast", "stop")
+def run(program: str, *arguments: str) -> None:
+    """One of PostgreSQL's programs, as its user where this is root."""
+    user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    command = [*user, str(BINARIES[-1] / program), *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/")
 
 
 @pytest.mark.slow
