@@ -5,6 +5,7 @@ Unsloth patches torch and transformers for good when it is imported, so it train
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 from tasks.backends import hardware, load_backend, memory
 from tasks.backends.checkpoints import checkpoints, step_of
+from tasks.backends.loading import load_base
 from tasks.backends.scoring import Prompt, Request, score, score_here
 from tasks.backends.unsloth import import_unsloth
 from tasks.backends.watch import StepRecord, read_log
@@ -311,6 +313,31 @@ def test_scoring_in_a_process_of_its_own_gives_the_same(
     assert score(request) == here
     assert all(nll > 0 for nll in here.base.nll)
     assert here.base.nll != here.tuned.nll
+
+
+def test_scoring_first_frees_the_model_of_a_training(
+    request_of: Callable[..., Request], model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def alive() -> int:
+        return sum(type(thing).__name__ == "LlamaForCausalLM" for thing in gc.get_objects())
+
+    left: list[int] = []
+
+    def load(*arguments: Any, **settings: Any) -> Any:
+        left.append(alive())
+        return load_base(*arguments, **settings)
+
+    monkeypatch.setattr("tasks.backends.scoring.load_base", load)
+    request = request_of()
+    gc.disable()
+    try:
+        train(model, tiny_tokens(40), max_steps=4, seed=7)
+        train(model, tiny_tokens(40), max_steps=4, seed=8)
+        trained = alive()
+        score(request)
+    finally:
+        gc.enable()
+    assert left[0] < trained
 
 
 def test_a_scoring_process_that_ends_early_is_an_error(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import signal
 import subprocess
 import sys
@@ -79,7 +80,17 @@ def score(request: Request) -> Result:
     Raises:
         PipelineError: when memory runs out.
     """
+    _free_what_a_training_left(request.device)
     return _score_apart(request) if "unsloth" in sys.modules else score_here(request)
+
+
+def _free_what_a_training_left(device: str) -> None:
+    """A trainer and its model refer to each other, so both would stay in memory beside what is loaded now."""
+    import torch
+
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def score_here(request: Request) -> Result:
