@@ -27,6 +27,7 @@ from flows.server import wait_until_healthy
 from tasks.refs import ConfigError, PipelineError, home
 
 ONLINE_SECONDS = 60
+WORKER_SECONDS, SERVER_SECONDS = guard.RUN_SECONDS + 2 * guard.END_SECONDS, 2 * guard.END_SECONDS
 STAY_SECONDS = 10
 """What ends earlier than this after its start would do so again."""
 
@@ -58,7 +59,7 @@ class Started:
 
 @dataclass
 class Processes:
-    """What was started, in order."""
+    """What was started, in order: the server, the worker of pool cpu, those of pool cuda."""
 
     env: dict[str, str]
     started: dict[str, Started] = field(default_factory=dict[str, Started])
@@ -76,10 +77,14 @@ class Processes:
         return process
 
     def stop(self) -> None:
-        """End the workers and their flow runs, all at once, then the server, which hears how the runs ended."""
-        server, *workers = [item.process for item in self.started.values()] or [None]
-        _end(workers, guard.RUN_SECONDS + 2 * guard.END_SECONDS)
-        _end([server], 2 * guard.END_SECONDS)
+        """End trainings first, then what waits for them, then the server, which hears how all of them ended."""
+        processes = [item.process for item in self.started.values()]
+        for group, seconds in (
+            (processes[2:], WORKER_SECONDS),
+            (processes[1:2], WORKER_SECONDS),
+            (processes[:1], SERVER_SECONDS),
+        ):
+            _end(group, seconds)
 
     def revive(self, console: Console) -> None:
         """Start again what ended by itself.
@@ -231,13 +236,12 @@ def _ended_by_signals() -> Generator[None]:
             signal.signal(number, handler)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes] | None], seconds: float) -> None:
+def _end(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
     """Terminate processes and wait for them; kill what is left after so many seconds."""
-    there = [process for process in processes if process is not None]
-    for process in there:
+    for process in processes:
         process.terminate()
     give_up = time.monotonic() + seconds
-    for process in there:
+    for process in processes:
         try:
             process.wait(max(0.1, give_up - time.monotonic()))
         except subprocess.TimeoutExpired:
