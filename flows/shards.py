@@ -48,7 +48,7 @@ def task_runner() -> TaskRunner[Any]:
     if not address:
         return ThreadPoolTaskRunner()
     try:
-        from prefect_dask import DaskTaskRunner  # pyright: ignore[reportMissingImports]  # the extra `dask`
+        from prefect_dask.task_runners import DaskTaskRunner  # pyright: ignore[reportMissingImports]  # the extra `dask`
     except ImportError as error:
         raise ConfigError(
             f"{CLUSTER}: no package for it: got {address}; expected prefect-dask. Install amazon-ft[dask] or unset it."
