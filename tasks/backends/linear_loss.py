@@ -3,8 +3,8 @@
 The logits of all rows are never in memory at once, and the gradient is taken while a slice's logits are there, so the
 product with the output matrix is made twice and not three times. The matrix itself is frozen.
 
-Source: Liger Kernel's fused linear cross entropy (https://arxiv.org/abs/2410.10989), whose slices of 256 rows read the
-output matrix too often at this vocabulary (tests/bench/LOG.md).
+Source: Liger Kernel's fused linear cross entropy (https://arxiv.org/abs/2410.10989), which needs a GPU; this runs on a CPU too,
+and on an H200 took 0.9 times as long (tests/bench/LOG.md).
 """
 
 from __future__ import annotations
