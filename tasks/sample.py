@@ -150,9 +150,9 @@ def _enough(field: str, wanted: int, there: int, what: str) -> None:
         raise InputError(f"{field}: got {wanted:,}; expected at most {there:,} ({what}). Lower {field} or give more data.")
 
 
-def _publish(kind: str, table: pa.Table, rows: Rows) -> Artifact:
+def _publish(table: pa.Table, rows: Rows) -> Artifact:
     gather = Gather(table)
-    with publish(kind, need_bytes=table.nbytes * len(rows) // max(table.num_rows, 1)) as draft:
+    with publish("sample", need_bytes=table.nbytes * len(rows) // max(table.num_rows, 1)) as draft:
         taken = (gather(rows[start:end]) for start, end in batch_ranges(len(rows), GATHER_ROWS))
         batches = (batch.slice(start, end - start) for batch in taken for start, end in batch_ranges(batch.num_rows))
         draft.rows = write_table(draft / FILE, table.schema, batches)
@@ -166,7 +166,7 @@ def sample(products: Products, config: SampleConfig) -> Split:
     choose = choose_before if config.eval_split == "before" else choose_after
     train, evaluation = choose(table, config)
     counts: dict[str, float] = {"products": table.num_rows, "train": len(train), "evaluation": len(evaluation)}
-    return Split(train=_publish("train", table, train), evaluation=_publish("evaluation", table, evaluation), counts=counts)
+    return Split(train=_publish(table, train), evaluation=_publish(table, evaluation), counts=counts)
 
 
 __all__ = ["choose_after", "choose_before", "draw", "equal_rows", "normalised", "permutation", "sample"]

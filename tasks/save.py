@@ -130,7 +130,6 @@ def save(
         _write_json(draft / "lineage.json", lineage_record(lineage, model, adapter))
         card = model_card(config.name, model, lineage.recipe, read_json(draft / "metrics.json"))
         (draft / "README.md").write_text(card, encoding="utf-8")
-        draft.rows = adapter.steps
     return SavedModel(data=draft.artifact, name=config.name)
 
 

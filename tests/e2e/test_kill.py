@@ -79,7 +79,7 @@ def contents(home: Path) -> dict[str, bytes]:
 TARGETS = (
     "products",
     "rejects",
-    "train",
+    "sample",
     "conversations",
     "texts",
     "tokens",
