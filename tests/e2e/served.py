@@ -173,7 +173,12 @@ def serve(root: Path, *options: str) -> Iterator[Served]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     checkout = Checkout.copy_to(root / "checkout")
-    own = {"AMAZON_FT_HOME": str(root / "home"), "PREFECT_HOME": str(root / "prefect"), "OMP_NUM_THREADS": "1"}
+    own = {
+        "AMAZON_FT_HOME": str(root / "home"),
+        "PREFECT_HOME": str(root / "prefect"),
+        "OMP_NUM_THREADS": "1",
+        "PREFECT_LOGGING_LEVEL": "INFO",
+    }
     with (root / "up.log").open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.cli", "up", "--port", str(port), *options],

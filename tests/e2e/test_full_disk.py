@@ -61,7 +61,7 @@ def test_every_stage_survives_a_full_disk(fresh: Tiny, small_home: Path, monkeyp
         return stage.execute(inputs)
 
     small_home.mkdir(parents=True)
-    monkeypatch.setattr(Stage, "_perform", execute_twice)
+    monkeypatch.setattr(Stage, "_run", execute_twice)
     monkeypatch.setattr(pipeline, "tune", dispatch.finetune_and_evaluate)
     pipeline.pipeline(load_recipe(str(fresh.recipe)))
     assert list(failures) == ["ingest", "sample", "sharegpt", "template", "tokenize", "finetune", "evaluate", "save"]

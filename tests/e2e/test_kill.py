@@ -43,9 +43,11 @@ def killed_when(
     return False
 
 
-def started(program: list[str], home: Path, **env: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "AMAZON_FT_HOME": str(home), "OMP_NUM_THREADS": "1", **env}
-    return subprocess.Popen([sys.executable, *program], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def started(program: list[str], home: Path, checkout: Path) -> subprocess.Popen[bytes]:
+    """A Python program of a checkout; its directory comes first wherever Python looks for modules."""
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "AMAZON_FT_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([sys.executable, *program], env=environment | {"LINGER_SECONDS": "0.4"}, cwd=checkout, **quiet)
 
 
 def written(home: Path) -> list[str]:
@@ -102,11 +104,10 @@ def test_ten_kills_through_the_flow(fresh: Tiny, finished: Tiny) -> None:
     fresh.checkout.edit("tasks/store.py", "    files = _listing(draft.path)\n", LINGER)
     generator, home = random.Random(3), fresh.home
     command = ["-m", "flows.cli", "run", str(fresh.recipe)]
-    env = {"PYTHONPATH": str(fresh.checkout.path), "LINGER_SECONDS": "0.4"}
     missed = [
         kind
         for kind in TARGETS
-        if not killed_when(started(command, home, **env), partial(is_being_written, home, kind), generator, 0.3)
+        if not killed_when(started(command, home, fresh.checkout.path), partial(is_being_written, home, kind), generator, 0.3)
     ]
     assert missed == []
     cached = [name for name, step in fresh.plan().items() if step["state"] == "cached"]
@@ -132,16 +133,16 @@ def collect_in(home: Path) -> None:
 @pytest.mark.slow
 def test_fifty_kills_of_the_bare_stages(fresh: Tiny, tmp_path: Path) -> None:
     generator, kills = random.Random(5), 0
-    here, home = {"PYTHONPATH": str(PROJECT)}, tmp_path / "home"
+    home = tmp_path / "home"
     for _ in range(80):
-        process = started([str(PROGRAM), str(fresh.recipe)], home, **here)
+        process = started([str(PROGRAM), str(fresh.recipe)], home, PROJECT)
         kills += killed_when(process, lambda: bool(written(home)), generator, 0.15)
         if kills == 50:
             break
     assert kills == 50
     quiet = tmp_path / "quiet"
     for root in (home, quiet):
-        assert started([str(PROGRAM), str(fresh.recipe)], root, **here).wait(60) == 0
+        assert started([str(PROGRAM), str(fresh.recipe)], root, PROJECT).wait(60) == 0
     assert contents(home) == contents(quiet)
     collect_in(home)
     assert_no_leftovers(home)
