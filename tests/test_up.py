@@ -126,8 +126,16 @@ class Server:
         self.sent: list[Any] = []
 
 
+def running_queue() -> Queue:
+    """A queue whose thread has its client: making the first takes seconds on a busy machine."""
+    jobs, running = Queue(), threading.Event()
+    jobs.put(lambda _: running.set())
+    assert running.wait(60)
+    return jobs
+
+
 def test_queue_never_waits_for_the_server_nor_fails_with_it(prefect_api: str, caplog: pytest.LogCaptureFixture) -> None:
-    jobs, server = Queue(), Server()
+    jobs, server = running_queue(), Server()
     jobs.put(lambda _: server.release.wait(20))
     jobs.put(lambda _: 1 / 0)
     started = time.monotonic()
@@ -142,7 +150,7 @@ def test_queue_never_waits_for_the_server_nor_fails_with_it(prefect_api: str, ca
 
 
 def test_reports_that_come_while_the_server_is_away_do_not_pile_up(prefect_api: str) -> None:
-    jobs, server = Queue(), Server()
+    jobs, server = running_queue(), Server()
     live = LiveTraining(Board(uuid4(), "demo", jobs))
     listener = Detached(live)
     jobs.put(lambda _: server.release.wait(20))
@@ -159,7 +167,7 @@ def test_reports_that_come_while_the_server_is_away_do_not_pile_up(prefect_api: 
 
 def test_end_of_a_run_does_not_wait_for_ever(prefect_api: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flows.artifacts.END_SECONDS", 0.2)
-    jobs, server = Queue(), Server()
+    jobs, server = running_queue(), Server()
     jobs.put(lambda _: server.release.wait(20))
     started = time.monotonic()
     jobs.close()
@@ -170,7 +178,7 @@ def test_end_of_a_run_does_not_wait_for_ever(prefect_api: str, monkeypatch: pyte
 def test_artifact_is_made_once_and_then_updated(prefect_api: str) -> None:
     import httpx
 
-    jobs = Queue()
+    jobs = running_queue()
     board = Board(uuid4(), "demo", jobs)
     for text in ("# One", "# Two"):
         board.show("training", "steps", lambda text=text: text)
