@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.config import SampleConfig
+from tasks.progress import counted
 from tasks.refs import Artifact, InputError, Products, Split
 from tasks.stage import stage
 from tasks.store import publish
@@ -155,7 +156,7 @@ def _publish(table: pa.Table, rows: Rows) -> Artifact:
     with publish("sample", need_bytes=table.nbytes * len(rows) // max(table.num_rows, 1)) as draft:
         taken = (gather(rows[start:end]) for start, end in batch_ranges(len(rows), GATHER_ROWS))
         batches = (batch.slice(start, end - start) for batch in taken for start, end in batch_ranges(batch.num_rows))
-        draft.rows = write_table(draft / FILE, table.schema, batches)
+        draft.rows = write_table(draft / FILE, table.schema, counted("sample", batches, len(rows)))
     return draft.artifact
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tasks.config import SharegptConfig
 from tasks.merged_prompt import Block, merge_columns, parse_merged_prompt
+from tasks.progress import counted
 from tasks.refs import Artifact, Split
 from tasks.stage import stage
 from tasks.store import publish
@@ -71,7 +72,8 @@ def write_conversations(products: Path, draft: Path, config: SharegptConfig, *, 
             "conversations": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
         }
     )
-    return write_table(draft / "conversations.arrow", schema, _conversations(turns, rows, schema))
+    conversations = _conversations(turns, rows, schema)
+    return write_table(draft / "conversations.arrow", schema, counted("sharegpt", conversations, len(rows)))
 
 
 def _turns_schema() -> pa.Schema:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from tasks.chat_template import QUESTION, SYSTEM, ChatTemplate, parse_template, to_jinja
 from tasks.config import TemplateConfig
+from tasks.progress import counted
 from tasks.refs import Artifact, ConfigError, Special, Split, Texts
 from tasks.stage import stage
 from tasks.store import publish
@@ -112,7 +113,8 @@ def write_texts(conversations: Artifact, draft: Path, template: Mapping[str, str
     asked = read_table(draft / "turns.arrow")
     table = read_table(conversations / "conversations.arrow").select(["products"])
     schema = pa.schema({"uids": pa.list_(pa.string()), "products": pa.list_(pa.int32()), "text": pa.string()})
-    return write_table(draft / "texts.arrow", schema, _rendered(table, asked, template, schema))
+    rendered = _rendered(table, asked, template, schema)
+    return write_table(draft / "texts.arrow", schema, counted("template", rendered, table.num_rows))
 
 
 def _questioned(turns: pa.Table, config: TemplateConfig, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
