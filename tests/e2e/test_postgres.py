@@ -1,4 +1,4 @@
-"""The same run with the server's data in PostgreSQL, as a team's server has it."""
+"""The tests of test_deployed.py and test_outage.py again, with the server's data in PostgreSQL, as a team's server has it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from served import SHORT, serve
+from served import Served, serve
+from test_deployed import (
+    finished_run,
+    test_artifacts_of_both_runs_are_readable,
+    test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint,
+    test_failure_of_the_training_reaches_the_parent_in_its_own_words,
+    test_killed_training_crashes_the_run_and_a_retry_reruns_only_that,
+    test_killed_worker_crashes_its_run_with_the_cause_and_up_starts_it_again,
+    test_missing_worker_is_said_with_the_command_that_starts_one,
+    test_run_completes_and_trains_on_the_cuda_pool,
+    test_second_run_is_all_cached_without_a_child,
+)
+from test_outage import test_training_goes_on_while_the_server_is_away
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def postgres() -> Iterator[str]:
     """URL of a real PostgreSQL of the test's own, in a directory that its user can reach; it refuses to run as root."""
     if not BINARIES:
@@ -44,12 +56,23 @@ def run(program: str, *arguments: str) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/")
 
 
-@pytest.mark.slow
-def test_run_completes_and_is_cached_on_postgresql(postgres: str, tmp_path: Path) -> None:
-    with serve(tmp_path / "served", "--no-ui", "--database-url", postgres) as served:
-        first, second = (served.ended(served.start(*SHORT)) for _ in range(2))
-        assert (first["state_type"], second["state_type"]) == ("COMPLETED", "COMPLETED")
-        assert len(served.children(first["id"])) == 1
-        assert served.children(second["id"]) == []
-        assert {"demo-source", "demo-stages", "demo-evaluation"} <= set(served.artifacts(first["id"]))
-        assert not (served.root / "prefect" / "prefect.db").exists()
+@pytest.fixture(scope="module")
+def served(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """`amazon-ft up` without its pages, on that database."""
+    with serve(tmp_path_factory.mktemp("served"), "--no-ui", "--database-url", postgres) as running:
+        yield running
+        assert not (running.root / "prefect" / "prefect.db").exists()
+
+
+__all__ = [
+    "finished_run",
+    "test_artifacts_of_both_runs_are_readable",
+    "test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint",
+    "test_failure_of_the_training_reaches_the_parent_in_its_own_words",
+    "test_killed_training_crashes_the_run_and_a_retry_reruns_only_that",
+    "test_killed_worker_crashes_its_run_with_the_cause_and_up_starts_it_again",
+    "test_missing_worker_is_said_with_the_command_that_starts_one",
+    "test_run_completes_and_trains_on_the_cuda_pool",
+    "test_second_run_is_all_cached_without_a_child",
+    "test_training_goes_on_while_the_server_is_away",
+]
