@@ -303,6 +303,18 @@ def request_of(model: Model) -> Callable[..., Request]:
     return make
 
 
+def test_a_base_model_stored_in_nf4_loads_as_it_was_quantized(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    stored, ids = tmp_path / "stored", torch.tensor([[5, 6, 7, 8]])
+    quantized = load_base(make_tiny_model(tmp_path / "wide", hidden=64), "bfloat16", load_in_4bit=True, device="cpu")
+    quantized.save_pretrained(stored)
+    with torch.no_grad():
+        wanted = quantized(input_ids=ids).logits
+        for load_in_4bit in (True, False):  # how it is stored decides
+            again = load_base(stored, "bfloat16", load_in_4bit=load_in_4bit, device="cpu")
+            assert torch.equal(again(input_ids=ids).logits, wanted)
+
+
 def test_scoring_in_a_process_of_its_own_gives_the_same(
     request_of: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:

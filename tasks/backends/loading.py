@@ -15,13 +15,15 @@ def load_base(path: Path, dtype: str, *, load_in_4bit: bool, device: str) -> Any
     from transformers import AutoModelForCausalLM
 
     number = getattr(torch, dtype)
+    # None would hide the quantization that a directory's own config.json tells of
+    quantize = {"quantization_config": _nf4(number)} if load_in_4bit and not is_quantized(path) else {}
     return AutoModelForCausalLM.from_pretrained(
         str(path),
         dtype=number,
-        quantization_config=_nf4(number) if load_in_4bit and not is_quantized(path) else None,
         device_map={"": device},
         attn_implementation="sdpa",
         local_files_only=True,
+        **quantize,
     )
 
 
