@@ -1,6 +1,6 @@
 """The document's job on one GPU, measured: all of it in one go, or phase by phase, without network; results as JSON.
 
-usage: python -m tests.bench.gpu_session CARRIED WORK RESULTS [--phases setup,timing,as-written,default+small+tests]
+usage: python -m tests.bench.gpu_session CARRIED WORK RESULTS [--phases setup,timing,steps,as-written,default+small+tests]
 
 Phases with a plus between them run at the same time, which times nothing but all of them.
 
@@ -8,7 +8,8 @@ CARRIED is what tests/bench/gpu_prepare.py made on a CPU machine. WORK is scratc
 written after each phase, so that a killed session keeps what it has measured.
 
     setup      unpack the root, grow the product file, make the models                              GPU: minutes
-    timing     the document's code and ours on the same texts: seconds a step, memory, seconds to the first step, logits
+    timing     the document's code and ours on the same texts, each cold: seconds to the first step, memory, seconds a step
+    steps      both in turn on one loaded model: seconds a step; the logits of their adapter in plain libraries
     as-written, default     on a Prefect server with a cpu and a cuda worker, from the carried root; as-written is killed at
                a step of its training and run again
     small      SmolLM2-135M: losses against three runs of the document's code; both recipes judged on the same answers
@@ -38,7 +39,7 @@ from typing import Any
 from tests.bench.gpu_handover import as_written, default
 from tests.bench.gpu_prepare import grow
 from tests.bench.gpu_small import small
-from tests.bench.gpu_timing import timing
+from tests.bench.gpu_timing import steps, timing
 
 LLAMA3_8B = {
     "vocab_size": 128_256,
@@ -155,6 +156,7 @@ def gpu_tests(session: Session, found: dict[str, Any]) -> None:
 PHASES: dict[str, Callable[[Session, dict[str, Any]], None]] = {
     "setup": setup,
     "timing": timing,
+    "steps": steps,
     "as-written": as_written,
     "default": default,
     "small": small,
@@ -209,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("carried", "work", "results"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--phases", default="setup,timing,as-written,default+small+tests")
+    parser.add_argument("--phases", default="setup,timing,steps,as-written,default+small+tests")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
     session = Session(options.carried.resolve(), options.work.resolve(), options.rehearse)

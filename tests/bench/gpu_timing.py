@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 TIMED_STEPS = 30
 WARMUP_STEPS = 5
 TIMED_TEXTS, MORE_TEXTS = 5_000, 20_000
+ROUND_STEPS, ROUND_TEXTS = 12, 500
 
 
 def timing(session: Session, found: dict[str, Any]) -> None:
@@ -33,7 +34,14 @@ def timing(session: Session, found: dict[str, Any]) -> None:
     ):
         found[name] = measured(session, name, kind, rows, steps=count)
     found["compared"] = compare_timing(session, found)
-    found["plain_logits"] = measured(session, "ours", "plain", few, found["ours"]["adapter"], steps=steps)
+
+
+def steps(session: Session, found: dict[str, Any]) -> None:
+    """Both sides' steps in turn in one process, and the logits of the adapter that they left, in plain libraries."""
+    texts, tokens = artifact_of(session, "as-written", "template"), artifact_of(session, "as-written", "tokenize")
+    rows, count = first_of(session, texts, tokens, session.texts(ROUND_TEXTS)), session.steps(ROUND_STEPS)
+    found["alternate"] = measured(session, "alternate", "alternate", rows, steps=count)
+    found["plain_logits"] = measured(session, "alternate", "plain", rows, found["alternate"]["adapter"], steps=count)
 
 
 def compare_timing(session: Session, results: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """One training under a clock, in a process of its own: the document's own code, or this project's.
 
 python -m tests.bench.gpu_train document|ours REQUEST.json      prints a line `RESULT {...}`; see Request and Clock.result
+python -m tests.bench.gpu_train alternate REQUEST.json          both, round by round on one loaded model
+python -m tests.bench.gpu_train plain REQUEST.json ADAPTER      the adapter in plain libraries
 
 Both get the same rows: `texts.json`, which the document's trainer tokenizes, and `tokens.arrow`, the same texts tokenized.
 """
@@ -9,9 +11,10 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,9 @@ import psutil
 STARTED = psutil.Process().create_time()
 SKIPPED_STEPS = 5
 """Left out of the mean: they compile and warm up."""
+ROUNDS = ("document", "ours", "ours", "document", "document", "ours", "ours", "document")
+"""Of `alternate`; the first two compile, and count for nothing."""
+SKIPPED_OF_ROUND = 2
 LOGIT_ROWS, LOGIT_TOKENS = 2, 256
 
 
@@ -97,10 +103,19 @@ class Clock:
 
 def document(request: Request, clock: Clock) -> dict[str, Any]:
     """The document's training, its items 7 to 10, but for arguments that current TRL names otherwise."""
-    from unsloth import FastLanguageModel  # isort: skip  # first: it patches the others
-    import torch
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    model, tokenizer = document_model(request)
+    trainer = train_document(request, model, tokenizer, clock)
+    logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    result = {name: [entry[name] for entry in logs] for name in ("loss", "grad_norm", "learning_rate")}
+    adapter = Path(request.work, "adapter")
+    trainer.save_model(str(adapter))
+    tokenizer.save_pretrained(str(adapter))
+    return result | clock.result(trainer) | {"first_ids": trainer.train_dataset[0]["input_ids"][:4]}
+
+
+def document_model(request: Request) -> tuple[Any, Any]:
+    """The document's model with its adapter, and its tokenizer."""
+    from unsloth import FastLanguageModel
 
     model, tokenizer = FastLanguageModel.from_pretrained(
         request.model, max_seq_length=2048, dtype=None, load_in_4bit=True, local_files_only=True
@@ -116,6 +131,15 @@ def document(request: Request, clock: Clock) -> dict[str, Any]:
         random_state=3407,
         use_rslora=False,
     )
+    return model, tokenizer
+
+
+def train_document(request: Request, model: Any, tokenizer: Any, clock: Clock) -> Any:
+    """Train as the document does; the trainer."""
+    import torch
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
     cuda = request.device == "cuda"
     bfloat16 = cuda and torch.cuda.is_bf16_supported()
     config = SFTConfig(
@@ -145,57 +169,92 @@ def document(request: Request, clock: Clock) -> dict[str, Any]:
     trainer = SFTTrainer(model=model, processing_class=tokenizer, train_dataset=Dataset.from_dict({"text": texts}), args=config)
     clock.attach(trainer)
     trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    result = {name: [entry[name] for entry in logs] for name in ("loss", "grad_norm", "learning_rate")}
-    adapter = Path(request.work, "adapter")
-    trainer.save_model(str(adapter))
-    tokenizer.save_pretrained(str(adapter))
-    return result | clock.result(trainer) | {"first_ids": trainer.train_dataset[0]["input_ids"][:4]}
+    return trainer
 
 
 def ours(request: Request, clock: Clock) -> dict[str, Any]:
     """The unsloth backend with the recipe as-written, and the logits of the model that it trained."""
-    from flows.recipes import load_recipe
-    from tasks.backends import Job, hardware, trainer, unsloth
+    from tasks.backends import unsloth
     from tasks.backends.watch import read_log
+
+    job, library = our_job(request), unsloth.import_unsloth()
+    model, tokenizer = unsloth.load(job)
+    model = unsloth.wrap(model, job.config.lora, job.resolved.gradient_checkpointing)
+    trainer = train_ours(job, model, tokenizer, clock)
+    records = read_log(job.work / "train_log.jsonl")
+    logged = {name: [getattr(record, name) for record in records] for name in ("loss", "grad_norm", "learning_rate")}
+    result = clock.result(trainer) | logged | {"first_ids": trainer.train_dataset[0]["input_ids"][:4]}
+    save_logits(trainer.model, request)
+    return result | {"adapter": str(job.work / f"checkpoint-{request.steps}"), "unsloth": library.__version__}
+
+
+def our_job(request: Request) -> Any:
+    """What the stage finetune would ask its backend for, with the recipe as-written."""
+    from flows.recipes import load_recipe
+    from tasks.backends import Job, hardware
     from tasks.modeldir import directory_model
 
-    saves = request.steps + -request.steps % request.logging_steps
     settings = {
         "max_steps": request.steps,
         "warmup_steps": request.warmup_steps,
         "logging_steps": request.logging_steps,
-        "save_steps": saves,
+        "save_steps": request.steps + -request.steps % request.logging_steps,
         "seed": request.seed,
     }
     recipe = load_recipe("as-written", [f"finetune.{name}={value}" for name, value in settings.items()])
-    config, weights = recipe.finetune, recipe.model.weights
+    weights = recipe.model.weights
     if request.device == "cpu":
         weights = weights.model_copy(update={"dtype": "float32"})
-    library, held, make = unsloth.import_unsloth(), list[Any](), trainer.make_trainer
-
-    def watched(*arguments: Any) -> Any:
-        held.append(make(*arguments))
-        clock.attach(held[0])
-        return held[0]
-
-    trainer.make_trainer = watched
-    job = Job(
+    return Job(
         model=directory_model(Path(request.model), name="measured"),
         batches=Path(request.rows, "tokens.arrow"),
         packed=False,
-        config=config,
+        config=recipe.finetune,
         max_tokens=recipe.tokenize.max_tokens,
-        resolved=hardware.resolve(config, weights, request.device),
+        resolved=hardware.resolve(recipe.finetune, weights, request.device),
         work=Path(request.work),
     )
-    unsloth.UnslothBackend().train(job, Silent())
-    result = clock.result(held[0])
-    records = read_log(job.work / "train_log.jsonl")
-    logged = {name: [getattr(record, name) for record in records] for name in ("loss", "grad_norm", "learning_rate")}
-    save_logits(held[0].model, request)
-    logged["first_ids"] = held[0].train_dataset[0]["input_ids"][:4]
-    return result | logged | {"adapter": str(job.work / f"checkpoint-{request.steps}"), "unsloth": library.__version__}
+
+
+def train_ours(job: Any, model: Any, tokenizer: Any, clock: Clock) -> Any:
+    """Train as the backends do; the trainer."""
+    from tasks.backends.trainer import make_trainer, run
+
+    trainer = make_trainer(job, model, tokenizer, {"max_length": job.max_tokens})
+    clock.attach(trainer)
+    run(job, trainer, Silent())
+    return trainer
+
+
+def alternate(request: Request) -> dict[str, Any]:
+    """Seconds a step of both sides in turn, in one process on one loaded model, so that only their code differs.
+
+    The adapter goes on through all rounds; the model's logits are kept, and the adapter that gave them.
+    """
+    model, tokenizer = document_model(request)
+    seconds: dict[str, list[list[float]]] = {"document": [], "ours": []}
+    tokens: dict[str, list[int]] = {}
+    for number, side in enumerate(ROUNDS):
+        clock, here = Clock(), replace(request, work=str(Path(request.work, f"round-{number}")))
+        Path(here.work).mkdir(parents=True, exist_ok=True)
+        if side == "document":
+            trainer = train_document(here, model, tokenizer, clock)
+        else:
+            trainer = train_ours(our_job(here), model, tokenizer, clock)
+        result = clock.result(trainer)
+        tokens.setdefault(side, result["tokens_of_steps"])
+        if number >= len(seconds):
+            seconds[side].append(result["seconds_of_steps"][SKIPPED_OF_ROUND:])
+    model.save_pretrained(str(adapter := Path(request.work, "adapter")))
+    save_logits(model, request)
+    medians = {side: statistics.median(step for steps in rounds for step in steps) for side, rounds in seconds.items()}
+    return {
+        "seconds_of_steps": seconds,
+        "median_seconds_per_step": medians,
+        "step_time_ratio": round(medians["ours"] / medians["document"], 4),
+        "same_tokens_each_step": tokens["ours"] == tokens["document"],
+        "adapter": str(adapter),
+    }
 
 
 class Silent:
@@ -273,8 +332,12 @@ def main() -> None:
         "UNSLOTH_DISABLE_STATISTICS": "1",
         "UNSLOTH_COMPILE_LOCATION": str(Path(request.work, "compiled")),
     }
-    ways = {"document": document, "ours": ours, "plain": plain}
-    result = ways[kind](request, Clock() if kind != "plain" else sys.argv[3])
+    if kind == "plain":
+        result = plain(request, sys.argv[3])
+    elif kind == "alternate":
+        result = alternate(request)
+    else:
+        result = {"document": document, "ours": ours}[kind](request, Clock())
     print("RESULT", json.dumps(result), flush=True)
 
 
