@@ -214,11 +214,13 @@ def main() -> None:
     parser.add_argument("--phases", default="setup,timing,steps,as-written,default+small+tests")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
+    groups = [group.split("+") for group in options.phases.split(",")]
+    if any("as-written" in group and len(group) > 1 for group in groups):
+        parser.error("--phases: as-written kills the training that logged last, so it has to run alone")
     session = Session(options.carried.resolve(), options.work.resolve(), options.rehearse)
     results = json.loads(options.results.read_text()) if options.results.is_file() else {}
     failed = False
-    for group in options.phases.split(","):
-        phases = group.split("+")
+    for phases in groups:
         with ThreadPoolExecutor(len(phases)) as pool:
             told = dict(zip(phases, pool.map(lambda phase: run(session, phase), phases), strict=True))
         results |= {"machine": machine(session), **told}
