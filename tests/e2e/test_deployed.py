@@ -92,7 +92,7 @@ def test_artifacts_of_both_runs_are_readable(served: Served, finished_run: str) 
     assert "⟦" in data["rows"]
     assert "Responda à pergunta" in data["rows"]
     assert "data:image/svg+xml;base64," in data["token-lengths"]
-    assert "| nll |" in data["evaluation"]
+    assert "| nats per token |" in data["evaluation"]
     assert "| finetune | cached |" in data["stages"]
     assert data["verdict"].startswith("# Verdict: ")
     assert str(served.home / "models" / "demo" / "unsloth_model_optimized") in data["model"]

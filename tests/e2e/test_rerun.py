@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -42,8 +43,13 @@ def test_first_run_makes_every_stage_and_the_model(finished: Tiny) -> None:
     }
 
 
-def test_second_run_is_all_cached(tiny: Tiny) -> None:
-    assert not_cached(tiny.ran()) == []
+def test_second_run_is_all_cached_and_judged_again(tiny: Tiny) -> None:
+    told = json.loads(tiny.run().stdout.splitlines()[-1])
+    assert not_cached({stage["name"]: stage for stage in told["stages"]}) == []
+    newest = max((tiny.home / "runs").glob("*.json"), key=lambda path: json.loads(path.read_text())["started"])
+    assert told["verdict"] == json.loads(newest.read_text())["verdict"]
+    assert told["verdict"]["against"] == ["base"]
+    assert told["verdict"]["promoted"] == (tiny.home / "models" / "tiny" / "promoted").is_symlink()
 
 
 @pytest.mark.parametrize(
