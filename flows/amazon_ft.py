@@ -8,11 +8,12 @@ from typing import cast
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from flows.artifacts import show_model, shown
+from flows.artifacts import show_model, show_verdict, shown
 from flows.child import ChildError
 from flows.deployed import supervised
 from flows.names import name_run
 from flows.pipeline import pipeline
+from flows.promote import promote
 from flows.recipes import build_recipe
 from flows.shards import task_runner
 from tasks import runs
@@ -37,6 +38,7 @@ def amazon_ft(config: Recipe, overrides: tuple[str, ...] = (), until: str | None
         with supervised(), record, ending_with(until), shown(recipe), suppress(StageReached):
             saved = pipeline(recipe)
             show_model(publish_link(saved, recipe.name))
+            show_verdict(promote(saved, recipe))
             return saved
     except ChildError as end:
         state = State(type=end.state.type, name=end.state.name, message=str(end))

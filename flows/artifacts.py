@@ -30,6 +30,7 @@ from tasks.refs import Adapter, Artifact, Evaluation, Products, Source, Split, T
 from tasks.runs import current_run
 from tasks.stage import telling
 from tasks.store import MANIFEST
+from tasks.verdict import Verdict
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -168,6 +169,13 @@ def show_model(path: Path) -> None:
     board.show("model-link", "the tuned model", path.as_uri, kind="link")
 
 
+def show_verdict(verdict: Verdict) -> None:
+    """Whether the model was promoted, and why."""
+    if (board := current_board()) is not None:
+        told = "promoted" if verdict.promoted else "not promoted"
+        board.show("verdict", told, lambda: report.verdict(told, verdict.reasons, verdict.against))
+
+
 def _tag(client: SyncPrefectClient, run: UUID, tags: list[str]) -> None:
     client.update_flow_run(run, tags=sorted({*client.read_flow_run(run).tags, *tags}))
 
@@ -246,4 +254,4 @@ def _evaluation(value: Evaluation) -> str:
     return report.evaluation(comparison(metrics), [json.loads(line) for line in lines[:SHOWN_ANSWERS]])
 
 
-__all__ = ["Board", "LiveTraining", "Queue", "current_board", "show_model", "shown"]
+__all__ = ["Board", "LiveTraining", "Queue", "current_board", "show_model", "show_verdict", "shown"]

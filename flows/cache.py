@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import locks, runs
+from tasks.config import PROMOTED
 from tasks.refs import ConfigError, home
 
 UNIT_SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -58,13 +59,14 @@ def parse_age(text: str | None) -> float:
 def collect(keep_last: int, age_seconds: float, *, dry_run: bool = False) -> list[Entry]:
     """Remove what neither a kept run nor a living one refers to; returns what was removed.
 
-    Kept are living runs, the last `keep_last` finished runs of each recipe with what was tried since, and runs younger than
-    `age_seconds`. Removing is a rename under the root's mutex, so that a run which starts meanwhile sees a whole artifact or
-    none.
+    Kept are living runs, the last `keep_last` finished runs of each recipe with what was tried since, runs younger than
+    `age_seconds`, and the newest that used a promoted model. Removing is a rename under the root's mutex, so that a run which
+    starts meanwhile sees a whole artifact or none.
     """
     with locks.mutex():
         past = runs.past_runs()
-        kept = [run for run in past if _is_kept(run, past, keep_last, age_seconds)]
+        promoted = _ids_of_promoted(past)
+        kept = [run for run in past if run["id"] in promoted or _is_kept(run, past, keep_last, age_seconds)]
         doomed = [*_unreferenced(kept), *_leftovers()]
         gone = [Entry(_kind(path), str(path.relative_to(home())), _size(path)) for path in doomed]
         if dry_run:
@@ -86,8 +88,20 @@ def _is_kept(run: dict[str, Any], runs: list[dict[str, Any]], keep_last: int, ag
     return run["started"] >= oldest_kept or (age_seconds > 0 and time.time() - run["started"] < age_seconds)
 
 
+def _promoted() -> list[str]:
+    """KIND/DIGEST of every recipe's promoted model."""
+    links = [path for path in (home() / "models").glob(f"*/{PROMOTED}") if path.exists()]
+    return ["/".join(link.resolve().parts[-2:]) for link in links]
+
+
+def _ids_of_promoted(runs: list[dict[str, Any]]) -> set[str]:
+    """The newest finished run that used each promoted model; `runs` are newest first."""
+    using = ([run["id"] for run in runs if run["finished"] and name in run["artifacts"]] for name in _promoted())
+    return {ids[0] for ids in using if ids}
+
+
 def _unreferenced(kept: list[dict[str, Any]]) -> Iterator[Path]:
-    used = {name for run in kept for name in run["artifacts"]}
+    used = {name for run in kept for name in run["artifacts"]} | set(_promoted())
     keys = {entry["key"][:32] for run in kept for entry in run["stages"]}
     yield from (path for path in _artifacts() if f"{path.parent.name}/{path.name}" not in used)
     yield from (path for path in _work() if path.name not in keys and not locks.is_locked(path / ".lock"))

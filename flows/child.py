@@ -51,7 +51,7 @@ def run_child(recipe: Recipe, prepared: Prepared, until: str | None) -> None:
     parameters = {"recipe": recipe, "prepared": prepared}
     plain = {name: value.model_dump(mode="json") for name, value in parameters.items()} | {"until": until}
     run: FlowRun = run_deployment(TRAINING, parameters=plain, timeout=0, flow_run_name=run_name(recipe), tags=run_tags(recipe))  # pyright: ignore[reportAssignmentType]  # synchronous here
-    logger.info("finetune and evaluate run as amazon-ft-train '%s'.", run.name)
+    logger.info("finetune, baseline and evaluate run as amazon-ft-train '%s'.", run.name)
     try:
         state = _wait(run.id)
     except BaseException:

@@ -48,6 +48,7 @@ class StageName(StrEnum):
     TOKENIZE = "tokenize"
     PACK = "pack"
     FINETUNE = "finetune"
+    BASELINE = "baseline"
     EVALUATE = "evaluate"
     SAVE = "save"
 
@@ -67,9 +68,9 @@ def run(
             saved = _run_flow(chosen, until, debug)
         finally:
             show.stages(record.stages, err)
-    show.outcome(record.stages, chosen, saved, err)
+    show.outcome(record, chosen, saved, err)
     if as_json:
-        typer.echo(json.dumps(show.summary(record.stages, chosen, saved), ensure_ascii=False))
+        typer.echo(json.dumps(show.summary(record, chosen, saved), ensure_ascii=False))
 
 
 def _run_flow(recipe: Recipe, until: StageName | None, debug: bool) -> SavedModel | None:

@@ -1,18 +1,19 @@
-"""Where finetune and evaluate run: nowhere when both are recorded, else in the child flow amazon-ft-train."""
+"""Where finetune, baseline and evaluate run: nowhere when all are recorded, else in the child flow amazon-ft-train."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from tasks.baseline import baseline
 from tasks.config import Recipe
 from tasks.evaluate import evaluate
 from tasks.finetune import finetune
-from tasks.refs import Adapter, Evaluation, PipelineError, Prepared, home
+from tasks.refs import Adapter, Baseline, Evaluation, PipelineError, Prepared, home
 from tasks.stage import StageReached, is_planning, last_stage
 
 
 def tune(recipe: Recipe, prepared: Prepared) -> tuple[Adapter, Evaluation]:
-    """The adapter and its evaluation. A child flow run is created only if one of them has to be made."""
+    """The adapter and its evaluation. A child flow run is created only if something has to be made for them."""
     if is_planning() or _is_recorded(recipe, prepared, last_stage()):
         return finetune_and_evaluate(recipe, prepared)
     from flows.deployed import flow_run_id
@@ -43,16 +44,20 @@ def _tune_there(recipe: Recipe, prepared: Prepared) -> tuple[Adapter, Evaluation
 
 
 def finetune_and_evaluate(recipe: Recipe, prepared: Prepared) -> tuple[Adapter, Evaluation]:
-    """The two stages that need the device."""
+    """The stages that need the device; Unsloth must be imported before what it patches, so the training comes first."""
     adapter = finetune(**_finetune_inputs(recipe, prepared))
-    return adapter, evaluate(**_evaluate_inputs(recipe, prepared, adapter))
+    base = baseline(**_baseline_inputs(recipe, prepared))
+    return adapter, evaluate(**_evaluate_inputs(recipe, prepared, adapter, base))
 
 
 def _is_recorded(recipe: Recipe, prepared: Prepared, until: str | None = None) -> bool:
     adapter = finetune.lookup(**_finetune_inputs(recipe, prepared))
     if adapter is None or until == "finetune":
         return adapter is not None
-    return evaluate.lookup(**_evaluate_inputs(recipe, prepared, adapter)) is not None
+    base = baseline.lookup(**_baseline_inputs(recipe, prepared))
+    if base is None or until == "baseline":
+        return base is not None
+    return evaluate.lookup(**_evaluate_inputs(recipe, prepared, adapter, base)) is not None
 
 
 def _finetune_inputs(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
@@ -63,13 +68,13 @@ def _finetune_inputs(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         "weights": recipe.model.weights,
         "max_tokens": recipe.tokenize.max_tokens,
         "device": recipe.device,
+        "held_out": prepared.tokens if recipe.finetune.eval_steps else None,
     }
 
 
-def _evaluate_inputs(recipe: Recipe, prepared: Prepared, adapter: Adapter) -> dict[str, Any]:
+def _baseline_inputs(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     return {
         "model": prepared.model,
-        "adapter": adapter,
         "tokens": prepared.tokens,
         "texts": prepared.texts,
         "template": prepared.template,
@@ -77,3 +82,8 @@ def _evaluate_inputs(recipe: Recipe, prepared: Prepared, adapter: Adapter) -> di
         "weights": recipe.model.weights,
         "device": recipe.device,
     }
+
+
+def _evaluate_inputs(recipe: Recipe, prepared: Prepared, adapter: Adapter, base: Baseline) -> dict[str, Any]:
+    own = {"adapter": adapter, "baseline": base, "merged_prompt": recipe.sharegpt.merged_prompt}
+    return _baseline_inputs(recipe, prepared) | own

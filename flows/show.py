@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from tasks.catalogue import count_right
 from tasks.refs import SavedModel, home
+from tasks.runs import Run
 
 if TYPE_CHECKING:
     from flows.cache import Entry
@@ -48,16 +51,18 @@ def stages(entries: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
-def outcome(entries: list[dict[str, Any]], recipe: Recipe, saved: SavedModel | None, console: Console) -> None:
-    """Base against tuned, and where the results lie."""
-    if numbers := metrics(entries, recipe):
+def outcome(record: Run, recipe: Recipe, saved: SavedModel | None, console: Console) -> None:
+    """Base against tuned, the verdict, and where the results lie."""
+    if numbers := metrics(record.stages, recipe):
         table = Table(box=None, padding=(0, 1))
         table.add_column("held-out answers")
         for column in MODELS:
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=True)
         for name, values in comparison(numbers).items():
             table.add_row(name, *values)
         console.print(table)
+    if record.verdict is not None:
+        verdict(record.verdict, console)
     if saved is not None:
         console.print(f"model: {link(recipe, saved)}", soft_wrap=True, highlight=False)
 
@@ -65,17 +70,31 @@ def outcome(entries: list[dict[str, Any]], recipe: Recipe, saved: SavedModel | N
 def comparison(numbers: Mapping[str, Any]) -> dict[str, list[str]]:
     """{what: [base, tuned]} as text.
 
-    >>> comparison({"base": {"nll": 2.5, "perplexity": 12.18}, "tuned": {"nll": 0.25, "perplexity": 1.284}})
-    {'nats per token': ['2.5000', '0.2500'], 'perplexity': ['12.18', '1.28']}
+    >>> base = {"nll": 2.5, "perplexity": 12.18, "perplexity_low": 11.5, "perplexity_high": 13, "rougeL": 0.25, "chrf": 20}
+    >>> comparison({"base": base, "tuned": base})["perplexity (95 %)"]
+    ['12.18 (11.50 to 13.00)', '12.18 (11.50 to 13.00)']
     """
     both = [numbers[model] for model in MODELS]
     rows = {
         "nats per token": [f"{model['nll']:.4f}" for model in both],
-        "perplexity": [f"{model['perplexity']:.2f}" for model in both],
+        "perplexity (95 %)": [
+            f"{model['perplexity']:.2f} ({model['perplexity_low']:.2f} to {model['perplexity_high']:.2f})" for model in both
+        ],
     }
+    if all("rougeL" in model for model in both):
+        rows["ROUGE-L"] = [f"{model['rougeL']:.3f}" for model in both]
+        rows["chrF"] = [f"{model['chrf']:.1f}" for model in both]
     if "generations" in numbers:
         rows["brand and material right"] = [f"{model['right']} of {numbers['generations']}" for model in both]
     return rows
+
+
+def verdict(told: Mapping[str, Any], console: Console) -> None:
+    """One line, and a line a reason."""
+    word, style = ("promoted", "green") if told["promoted"] else ("not promoted", "yellow")
+    console.print(f"verdict: [{style}]{word}[/]", highlight=False)
+    for reason in told["reasons"]:
+        console.print(Padding(escape(f"- {reason}"), (0, 0, 0, 2)), highlight=False)
 
 
 def metrics(entries: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any] | None:
@@ -87,7 +106,7 @@ def metrics(entries: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any] | N
     measured = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
     if not measured["rows"]:
         return None
-    numbers: dict[str, Any] = {name: measured[name] for name in ("rows", "tokens", *MODELS)}
+    numbers: dict[str, Any] = {name: measured[name] for name in ("rows", "tokens", *MODELS, "difference")}
     if recipe.catalogue is None:
         return numbers
     said = [json.loads(line) for line in (path / "generations.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -100,12 +119,13 @@ def link(recipe: Recipe, saved: SavedModel) -> str:
     return str(home() / "models" / recipe.name / saved.name)
 
 
-def summary(entries: list[dict[str, Any]], recipe: Recipe, saved: SavedModel | None) -> dict[str, Any]:
-    """The run as one JSON object."""
+def summary(record: Run, recipe: Recipe, saved: SavedModel | None) -> dict[str, Any]:
+    """The run as one JSON object; a number that is none is null."""
     names = ("name", "state", "seconds", "rows", "path", "digest", "reason")
     return {
-        "stages": [{name: entry.get(name) for name in names} for entry in entries],
-        "metrics": metrics(entries, recipe),
+        "stages": [{name: entry.get(name) for name in names} for entry in record.stages],
+        "metrics": _finite(metrics(record.stages, recipe)),
+        "verdict": record.verdict,
         "artifact": link(recipe, saved) if saved else None,
     }
 
@@ -164,6 +184,17 @@ def removed(entries: list[Entry], console: Console, *, dry_run: bool) -> None:
         console.print(f"{verb} {entry.path} ({_bytes(entry.size_bytes)})", highlight=False, soft_wrap=True)
     total = sum(entry.size_bytes for entry in entries)
     console.print(f"{verb} {len(entries)} in all, {_bytes(total)}", highlight=False)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity.
+
+    >>> _finite({"nll": float("nan"), "rows": 3})
+    {'nll': None, 'rows': 3}
+    """
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in cast("dict[str, Any]", value).items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _styled(state: str) -> str:

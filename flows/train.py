@@ -25,7 +25,7 @@ def amazon_ft_train(recipe: Recipe, prepared: Prepared, until: str | None = None
     Args:
         recipe: the parent's.
         prepared: what the stages before made.
-        until: the stage to end with; None for both.
+        until: the stage to end with; None for all.
     """
     record = runs.run_record(recipe.name, recipe.model_dump(mode="json"))
     with supervised(), record, ending_with(until or last_stage()), shown(recipe), one_gpu(recipe.device), suppress(StageReached):

@@ -1,10 +1,12 @@
 """The model card: Hub metadata, numbers of base and tuned model, and a snippet that runs. Pure.
 
 Source of the metadata: https://huggingface.co/docs/hub/model-cards#model-card-metadata
+Source of model-index: https://github.com/huggingface/hub-docs/blob/main/modelcard.md
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +16,30 @@ from tasks.refs import Model
 
 LICENSES = {"smollm2": "apache-2.0", "llama-3": "llama3"}
 """By what the base model's name contains."""
+
+FIGURES = {
+    "nll": "nats per token",
+    "perplexity": "perplexity",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "length_ratio": "words, answers to references",
+    "repetition": "repeated runs of 4 words, share",
+    "ends": "answers that end, share",
+    "copies_title": "answers that hold the title, share",
+}
+"""What each number of metrics.json is called, in the card's order."""
+HUB_METRICS = {
+    "perplexity": "perplexity",
+    "rouge1": "rouge",
+    "rouge2": "rouge",
+    "rougeL": "rouge",
+    "bleu": "bleu",
+    "chrf": "chrf",
+}
+"""Numbers that the Hub knows, and its names for them."""
 
 SNIPPET = """from pathlib import Path
 
@@ -33,7 +59,7 @@ print(tokenizer.decode(answer, skip_special_tokens=True))"""
 
 def model_card(name: str, model: Model, recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """README.md of a saved model."""
-    front = yaml.safe_dump(metadata(model, recipe), sort_keys=True, allow_unicode=True)
+    front = yaml.safe_dump(metadata(model, recipe) | index(name, recipe, metrics), sort_keys=True, allow_unicode=True)
     return f"""---
 {front}---
 
@@ -46,7 +72,8 @@ product from its title. Settings: `recipe.yaml`. Where it comes from, to the byt
 
 {comparison(metrics)}
 
-Both models' answers lie side by side in `generations.jsonl`.
+In brackets: the 95 % interval, by bootstrap over the {metrics.get("rows", 0):,} held-out rows. Both models' answers lie side by
+side in `generations.jsonl`.
 
 ## Use
 
@@ -58,7 +85,6 @@ Both models' answers lie side by side in `generations.jsonl`.
 
 def metadata(model: Model, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What the Hub reads of a card."""
-    generated = recipe.get("catalogue") is not None
     known = (licence for part, licence in LICENSES.items() if part in model.name.lower())
     return {
         "base_model": model.name,
@@ -67,24 +93,52 @@ def metadata(model: Model, recipe: Mapping[str, Any]) -> dict[str, Any]:
         "language": ["pt", "en"],
         "license": next(known, "other"),
         "tags": ["amazon-ft", "lora", "sft", "product-descriptions"],
-        "datasets": ["generated-catalogue" if generated else "AmazonTitles-1.3MM"],
+        "datasets": [_data(recipe)],
+    }
+
+
+def index(name: str, recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The tuned model's numbers as the Hub reads them; nothing where there are none."""
+    tuned = metrics.get("tuned") or {}
+    known = {figure: tuned[figure] for figure in HUB_METRICS if math.isfinite(tuned.get(figure, math.nan))}
+    if not known:
+        return {}
+    results = {
+        "task": {"type": "text-generation", "name": "Text Generation"},
+        "dataset": {"type": _data(recipe).lower(), "name": _data(recipe), "split": "held-out"},
+        "metrics": [{"type": HUB_METRICS[figure], "name": FIGURES[figure], "value": value} for figure, value in known.items()],
+    }
+    return {
+        "metrics": list(dict.fromkeys(HUB_METRICS[figure] for figure in known)),
+        "model-index": [{"name": name, "results": [results]}],
     }
 
 
 def comparison(metrics: Mapping[str, Any]) -> str:
-    """A table of every number that both models have.
+    """A table of every number that both models have, with its 95 % interval where it has one.
 
-    >>> print(comparison({"base": {"nll": 2.5}, "tuned": {"nll": 0.125}, "rows": 9}))
+    >>> base, tuned = {"nll": 2.5, "nll_low": 2.25, "nll_high": 3.0}, {"nll": 0.125, "nll_low": 0.1, "nll_high": 0.2}
+    >>> print(comparison({"base": base, "tuned": tuned, "rows": 9}))
     | | base | tuned |
     |---|---|---|
-    | nll | 2.5 | 0.125 |
+    | nats per token | 2.5 (2.25 to 3) | 0.125 (0.1 to 0.2) |
     """
     base, tuned = metrics.get("base") or {}, metrics.get("tuned") or {}
-    names = [name for name in base if isinstance(base[name], (int, float)) and isinstance(tuned.get(name), (int, float))]
+    names = [name for name in FIGURES if name in base and name in tuned]
     if not names:
         return "Nothing was held out, so there is no number to judge it by."
-    rows = [f"| {name.replace('_', ' ')} | {base[name]:.4g} | {tuned[name]:.4g} |" for name in names]
+    rows = [f"| {FIGURES[name]} | {_figure(base, name)} | {_figure(tuned, name)} |" for name in names]
     return "\n".join(["| | base | tuned |", "|---|---|---|", *rows])
+
+
+def _figure(numbers: Mapping[str, float], name: str) -> str:
+    interval = [numbers.get(f"{name}_{end}") for end in ("low", "high")]
+    shown = "" if None in interval else f" ({interval[0]:.4g} to {interval[1]:.4g})"
+    return f"{numbers[name]:.4g}{shown}"
+
+
+def _data(recipe: Mapping[str, Any]) -> str:
+    return "AmazonTitles-1.3MM" if recipe.get("catalogue") is None else "generated-catalogue"
 
 
 def snippet(model: Model, prompt: str) -> str:
@@ -113,4 +167,4 @@ def _base(model: Model) -> str:
     return f"{model.name!r}  # the directory of the base model that it was trained on"
 
 
-__all__ = ["comparison", "example_prompt", "metadata", "model_card", "snippet"]
+__all__ = ["comparison", "example_prompt", "index", "metadata", "model_card", "snippet"]

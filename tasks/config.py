@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 CHAT_TEMPLATE = """Responda à pergunta sobre o produto com base no título e na descrição fornecidos.
 
@@ -215,11 +215,19 @@ class FinetuneConfig(Section):
     """A logged loss above this, or NaN, stops the training as diverged."""
     num_workers: int = aside(0, ge=0)
     """Data loader processes."""
+    eval_steps: int | None = Field(default=None, ge=1)
+    """The loss on the held-out rows every so many steps, a multiple of logging_steps; null: never. What is chosen by it
+    (`keep`, `early_stopping`) is chosen on the rows that evaluate judges by, which flatters the result a little."""
+    early_stopping: int | None = Field(default=None, ge=1)
+    """End after so many held-out losses in a row that are no better than the best before; null: never."""
+    keep: Literal["last", "best"] = "last"
+    """The adapter of the last step, or of the step with the best held-out loss."""
 
     @model_validator(mode="after")
-    def _saves_on_logged_steps(self) -> Self:
-        if self.save_steps % self.logging_steps:
-            raise ValueError(f"save_steps={self.save_steps} is no multiple of logging_steps={self.logging_steps}; make it one")
+    def _goes_by_logged_steps(self) -> Self:
+        for name, steps in (("save_steps", self.save_steps), ("eval_steps", self.eval_steps)):
+            if steps is not None and steps % self.logging_steps:
+                raise ValueError(f"{name}={steps} is no multiple of logging_steps={self.logging_steps}; make it one")
         return self
 
 
@@ -234,11 +242,32 @@ class EvaluateConfig(Section):
     """Chooses the rows to generate for."""
 
 
+PROMOTED = "promoted"
+"""The name of the model that the verdict was for, beside those that are only saved."""
+
+
 class SaveConfig(Section):
     """The published model."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "unsloth_model_optimized"
-    """Directory under AMAZON_FT_HOME/models/RECIPE/."""
+    """Directory under AMAZON_FT_HOME/models/RECIPE/; not `promoted`, which the verdict sets."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_free(cls, name: str) -> str:
+        if name == PROMOTED:
+            raise ValueError("another name: the verdict sets that one")
+        return name
+
+
+class PromoteConfig(Section):
+    """Which saved model is called the promoted one; a matter of the run alone, it reruns no stage."""
+
+    enabled: bool = True
+    """False: the verdict is given, and nothing is promoted."""
+    margin: float = Field(default=0.01, ge=0)
+    """How much less the tuned model must lose than the base model, and than the model promoted before, in nats per token;
+    the 95 % interval of the difference must be below zero too."""
 
 
 class CacheConfig(Section):
@@ -267,6 +296,7 @@ class Recipe(Section):
     finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     save: SaveConfig = SaveConfig()
+    promote: PromoteConfig = PromoteConfig()
     cache: CacheConfig = CacheConfig()
 
     @model_validator(mode="after")
@@ -311,6 +341,18 @@ class Recipe(Section):
             (
                 self.device == "cpu" and self.model.load_in_4bit and tune.backend == "hf",
                 "model.load_in_4bit with finetune.backend=hf needs device=cuda; set model.load_in_4bit=false",
+            ),
+            (
+                tune.backend == "fast" and tune.eval_steps is not None,
+                "finetune.eval_steps needs finetune.backend=hf or unsloth: fast holds the model in a form that only trains",
+            ),
+            (
+                tune.eval_steps is None and (tune.early_stopping is not None or tune.keep == "best"),
+                "finetune.early_stopping and finetune.keep=best need finetune.eval_steps",
+            ),
+            (
+                tune.eval_steps is not None and self.sample.eval_rows == 0,
+                "finetune.eval_steps needs held-out rows: set sample.eval_rows above 0",
             ),
             (
                 tune.max_steps is not None and tune.warmup_steps > tune.max_steps,

@@ -2,11 +2,12 @@
 
 The training lives in a work directory named by the stage's key: its checkpoints, its log, and resolved.json, which pins what
 the request came to on the first machine. A killed training goes on from its newest intact checkpoint; on one machine and
-thread count that equals an uninterrupted one to the bit. The adapter is always taken from the last checkpoint, so a training
-that had come to its end is only published.
+thread count that equals an uninterrupted one to the bit. The adapter is always taken from a checkpoint, the last or the best
+on held-out rows, so a training that had come to its end is only published.
 
     adapter/         adapter_model.safetensors, adapter_config.json        (PEFT's format)
-    training-log/    train_log.jsonl: step, loss, grad_norm, learning_rate, tokens; resolved.json
+    training-log/    train_log.jsonl: step, loss, grad_norm, learning_rate, tokens, seconds,
+                     memory_gib, held_out_loss; resolved.json
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tasks import files, locks, store
 from tasks.backends import Job, Resolved, load_backend
-from tasks.backends.checkpoints import is_last, newest_intact, resumable, step_of
+from tasks.backends.checkpoints import damage_of, drop_from, is_last, newest_intact, resumable, step_of
+from tasks.backends.held_out import best_step, has_stopped_improving
 from tasks.backends.memory import training_errors_explained
 from tasks.backends.progress import announced
+from tasks.backends.watch import LOG, StepRecord, read_log
 from tasks.config import FinetuneConfig, WeightsConfig
 from tasks.refs import Adapter, Artifact, InputError, Model, home
 from tasks.stage import current_key, stage
-
-if TYPE_CHECKING:
-    from tasks.backends.watch import StepRecord
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +57,16 @@ def adapter_config(config: Mapping[str, Any], base: str) -> bytes:
 
 
 def summarize(records: Sequence[StepRecord], window: int) -> dict[str, float]:
-    """First and last mean loss over a logging window, and what was seen."""
+    """First and last mean loss over a logging window, what was seen, and the best loss on held-out rows if any was measured."""
     first, last = records[:window], records[-window:]
+    best = best_step(records)
+    losses = [record.held_out_loss for record in records if record.step == best and record.held_out_loss is not None]
     return {
         "first_loss": round(sum(record.loss for record in first) / len(first), 4),
         "last_loss": round(sum(record.loss for record in last) / len(last), 4),
         "steps": float(records[-1].step),
         "tokens": float(sum(record.tokens for record in records)),
+        **({"best_held_out_loss": round(losses[0], 4)} if losses else {}),
     }
 
 
@@ -121,22 +125,54 @@ def _pin(path: Path, resolved: Resolved) -> Resolved:
     return pinned
 
 
-def _publish(job: Job, last: Path, peak_gib: float | None) -> Adapter:
-    """The adapter of the last checkpoint and the training's log as artifacts."""
-    from tasks.backends.watch import LOG, read_log
+def _records(work: Path, until: Path | None) -> list[StepRecord]:
+    """The log's steps up to a checkpoint's."""
+    log = work / LOG
+    return [record for record in read_log(log) if record.step <= step_of(until)] if until and log.is_file() else []
 
-    records = read_log(job.work / LOG)
-    with store.publish("adapter", need_bytes=(last / ADAPTER_FILES[0]).stat().st_size) as draft:
-        shutil.copyfile(last / ADAPTER_FILES[0], draft / ADAPTER_FILES[0])
-        config = json.loads((last / ADAPTER_FILES[1]).read_text())
+
+def _newest(work: Path, config: FinetuneConfig) -> Path | None:
+    """The checkpoint to go on from: the newest intact one; one before the best if all is trained and the best is not intact."""
+    newest = newest_intact(work)
+    best = best_step(_records(work, newest)) if config.keep == "best" else None
+    if best is None or not _has_ended(newest, work, config) or damage_of(work / f"checkpoint-{best}") is None:
+        return newest
+    logger.warning("checkpoint-%d, the best on held-out rows, is damaged or missing; it is trained again.", best)
+    drop_from(work, best)
+    return newest_intact(work)
+
+
+def _has_ended(newest: Path | None, work: Path, config: FinetuneConfig) -> bool:
+    """Whether nothing is left to train after the checkpoint."""
+    if newest is None:
+        return False
+    return is_last(newest) or has_stopped_improving(_records(work, newest), config.early_stopping)
+
+
+def _publish(job: Job, last: Path, peak_gib: float | None) -> Adapter:
+    """The adapter of the last or the best checkpoint, and the training's log, as artifacts."""
+    records = _records(job.work, last)
+    best = best_step(records) if job.config.keep == "best" else None
+    kept = last if best is None else job.work / f"checkpoint-{best}"
+    with store.publish("adapter", need_bytes=(kept / ADAPTER_FILES[0]).stat().st_size) as draft:
+        shutil.copyfile(kept / ADAPTER_FILES[0], draft / ADAPTER_FILES[0])
+        config = json.loads((kept / ADAPTER_FILES[1]).read_text())
         (draft / ADAPTER_FILES[1]).write_bytes(adapter_config(config, job.model.name))
     with store.publish("training-log") as log:
         shutil.copyfile(job.work / LOG, log / LOG)
         (log / RESOLVED).write_text(json.dumps({**job.resolved.model_dump(), "peak_gib": peak_gib}, indent=1))
         log.rows = len(records)
     return Adapter(
-        data=draft.artifact, log=log.artifact, steps=step_of(last), summary=summarize(records, job.config.logging_steps)
+        data=draft.artifact, log=log.artifact, steps=step_of(kept), summary=summarize(records, job.config.logging_steps)
     )
+
+
+def _train(job: Job) -> float:
+    """Train to the end; the peak of memory in GiB."""
+    if job.resume is not None:
+        logger.info("finetune goes on from step %d.", step_of(job.resume))
+    with announced() as progress, training_errors_explained(job):
+        return load_backend(job.config.backend).train(job, progress)
 
 
 def _wait_for(holder: str) -> None:
@@ -145,18 +181,27 @@ def _wait_for(holder: str) -> None:
 
 @stage(version=1, chosen=lambda inputs: (f"tasks.backends.{inputs['config'].backend}",), progress=left_behind)
 def finetune(
-    model: Model, batches: Artifact, config: FinetuneConfig, weights: WeightsConfig, max_tokens: int, device: str
+    model: Model,
+    batches: Artifact,
+    config: FinetuneConfig,
+    weights: WeightsConfig,
+    max_tokens: int,
+    device: str,
+    held_out: Artifact | None,
 ) -> Adapter:
-    """Train a LoRA adapter on tokens.arrow or packs.arrow; `device` is cpu or cuda."""
+    """Train a LoRA adapter on tokens.arrow or packs.arrow; `device` is cpu or cuda.
+
+    `held_out` is the tokens.arrow whose loss is looked at every config.eval_steps; None without them.
+    """
     with locks.work_directory(current_key(), waiting=_wait_for) as work:
-        newest, peak_gib = newest_intact(work), None
-        resolved = _pin(work / RESOLVED, _prepare(model, batches, config, weights, device))
-        job = Job(model, _rows(batches), batches.kind == "packs", config, max_tokens, resolved, work, newest)
-        if newest is None or not is_last(newest):
-            if newest is not None:
-                logger.info("finetune goes on from step %d.", step_of(newest))
-            with announced() as progress, training_errors_explained(job):
-                peak_gib = load_backend(config.backend).train(job, progress)
-            newest = newest_intact(work)
-        assert newest is not None, "a training that ends without an error leaves its last checkpoint"
-        return _publish(job, newest, peak_gib)
+        resolved, peak_gib = _pin(work / RESOLVED, _prepare(model, batches, config, weights, device)), None
+        looked_at = _rows(held_out) if held_out and held_out.rows else None
+        job = Job(model, _rows(batches), batches.kind == "packs", config, max_tokens, resolved, work, held_out=looked_at)
+        for _ in range(2):  # the second time if the best step's checkpoint turns out to be gone
+            newest = _newest(work, config)
+            if _has_ended(newest, work, config):
+                break
+            peak_gib = _train(replace(job, resume=newest))
+        last = newest_intact(work)
+        assert last is not None, "a training that ends without an error leaves its last checkpoint"
+        return _publish(job, last, peak_gib)

@@ -4,7 +4,8 @@ A stage never returns data: it returns a frozen value that names files under AMA
 marked `aside` (counts, sizes, side files) do not count when the value is another stage's input.
 
     Source -> ingest [-> Shards -> join] -> Products -> sample -> Split -> sharegpt -> Split -> template -> Texts -> tokenize
-           -> Split -> [pack -> Artifact] -> finetune -> Adapter -> evaluate -> Evaluation -> save -> SavedModel
+           -> Split -> [pack -> Artifact] -> finetune -> Adapter [; baseline -> Baseline] -> evaluate -> Evaluation -> save
+           -> SavedModel
 
 Files, all Arrow IPC streams that `datasets.Dataset.from_file` maps into memory:
 
@@ -199,6 +200,12 @@ class Adapter(Value):
     log: Artifact = aside()
     steps: int = aside(0)
     summary: dict[str, float] = aside({})
+
+
+class Baseline(Value):
+    """What the base model says on the held-out rows (said.json)."""
+
+    data: Artifact
 
 
 class Evaluation(Value):

@@ -153,6 +153,21 @@ def output(path: str, host: str, files: Sequence[tuple[str, int]]) -> str:
     return f"# Model\n\nOn `{host}`:\n\n````text\n{path}\n````\n\n{listed}\n\nIts README.md says how to load it.\n"
 
 
+def verdict(told: str, reasons: Sequence[str], against: Sequence[str]) -> str:
+    """Whether a model was promoted, why, and what it was compared with.
+
+    >>> print(verdict("promoted", ["better than the base model"], ["base"]))
+    # Verdict: promoted
+    <BLANKLINE>
+    - better than the base model
+    <BLANKLINE>
+    Compared with: base.
+    <BLANKLINE>
+    """
+    compared = f"Compared with: {', '.join(against)}." if against else "Compared with nothing."
+    return "\n".join([f"# Verdict: {told}", "", *(f"- {_cell(reason)}" for reason in reasons), "", compared, ""])
+
+
 def curve(points: Sequence[tuple[int, float]], across: str, up: str) -> str:
     """A line through the points; a note while there are none."""
     if not points:
@@ -261,4 +276,5 @@ __all__ = [
     "table",
     "token_lengths",
     "training",
+    "verdict",
 ]

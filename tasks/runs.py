@@ -28,6 +28,8 @@ class Run:
     """One entry a stage call: name, key, code, inputs, state, reason, rows, seconds, digest, path."""
     artifacts: list[str] = field(default_factory=list[str])
     """KIND/DIGEST of every artifact that the run was handed or published."""
+    verdict: dict[str, Any] | None = None
+    """promoted, reasons, against; None before a model is saved."""
     finished: bool = False
     """Whether the run came to its end without an error."""
 

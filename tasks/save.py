@@ -7,6 +7,7 @@
                      lineage.json                                            every stage's key, digest and rows; versions
                      metrics.json, generations.jsonl                         base against tuned
     models/RECIPE/NAME -> the directory
+    models/RECIPE/promoted -> the one that the verdict was for (flows/promote.py)
 
 It loads with plain peft and transformers; the model card says how.
 """
@@ -41,6 +42,8 @@ PACKAGES = (
     "polars",
     "prefect",
     "pyarrow",
+    "rouge-score",
+    "sacrebleu",
     "safetensors",
     "tokenizers",
     "torch",
@@ -133,13 +136,15 @@ def save(
     return SavedModel(data=draft.artifact, name=config.name)
 
 
-def publish_link(saved: SavedModel, recipe_name: str) -> Path:
+def publish_link(saved: SavedModel, recipe_name: str, name: str | None = None) -> Path:
     """Point AMAZON_FT_HOME/models/RECIPE/NAME at a saved model, in one step; call it for a cached one too.
+
+    `name` stands instead of the model's own.
 
     Raises:
         InputError: when something else lies there.
     """
-    link = home() / "models" / recipe_name / saved.name
+    link = home() / "models" / recipe_name / (name or saved.name)
     if link.exists() and not link.is_symlink():
         raise InputError(f"{link}: not a link: got a file or directory; expected a link to a saved model. Move it away.")
     link.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from tasks.backends import hardware, load_backend, memory
 from tasks.backends.checkpoints import checkpoints, step_of
 from tasks.backends.loading import load_base
-from tasks.backends.scoring import Prompt, Request, score, score_here
+from tasks.backends.scoring import Request, score, score_here
 from tasks.backends.unsloth import import_unsloth
 from tasks.backends.watch import StepRecord, read_log
 from tasks.config import FinetuneConfig, LoraSection, WeightsConfig
@@ -75,9 +75,9 @@ def train_apart(root: Path, model: Model, *configs: dict[str, Any]) -> list[dict
 
 @pytest.fixture(scope="module")
 def by_unsloth(root: Path, model: Model) -> list[dict[str, Any]]:
-    """A plain training and one as in the recipe `default`."""
+    """A plain training, one as in the recipe `default`, and both again with a look at held-out rows."""
     needs_unsloth()
-    return train_apart(root, model, {}, AS_DEFAULT)
+    return train_apart(root, model, {}, AS_DEFAULT, {"eval_steps": 6}, AS_DEFAULT | {"eval_steps": 6})
 
 
 @pytest.fixture(params=["hf", "unsloth"])
@@ -131,6 +131,20 @@ def test_unsloth_trains_as_the_recipe_default_asks(by_unsloth: list[dict[str, An
     quantized, exact = log_of(adapter), log_of(Adapter(**by_unsloth[0]["adapter"]))
     assert [record.loss for record in quantized] == pytest.approx([record.loss for record in exact], abs=0.1)
     assert [record.loss for record in quantized] != [record.loss for record in exact]
+
+
+def test_unsloth_looks_at_held_out_rows_as_plain_trl_does_and_learns_nothing_from_them(
+    model: Model, by_unsloth: list[dict[str, Any]]
+) -> None:
+    def looked_at(adapter: Adapter) -> list[float]:
+        return [record.held_out_loss for record in log_of(adapter) if record.held_out_loss is not None]
+
+    plain, default, looking, looking_by_default = (Adapter(**told["adapter"]) for told in by_unsloth)
+    assert (looking.data, looking_by_default.data) == (plain.data, default.data)
+    wanted = looked_at(train(model, tiny_tokens(40), eval_steps=6))
+    assert len(wanted) == 2
+    assert looked_at(looking) == pytest.approx(wanted, abs=2e-5)
+    assert looked_at(looking_by_default) == pytest.approx(wanted, abs=0.1)
 
 
 def test_unsloth_keeps_its_compiled_code_under_the_root_and_sends_nothing(root: Path, by_unsloth: list[dict[str, Any]]) -> None:
@@ -294,7 +308,7 @@ def request_of(model: Model) -> Callable[..., Request]:
             "device": "cpu",
             "input_ids": ((0, 5, 6, 7, 1), (0, 9, 1)),
             "labels": ((-100, -100, 6, 7, 1), (-100, 9, 1)),
-            "prompts": (Prompt(uid="u1", text="Kettle", reference="steel"),),
+            "prompts": ("Kettle",),
             "max_new_tokens": 4,
             "batch_size": 2,
         }
@@ -323,8 +337,8 @@ def test_scoring_in_a_process_of_its_own_gives_the_same(
     monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
     monkeypatch.setattr("tasks.backends.scoring.score_here", lambda _: pytest.fail("it was scored in the patched process"))
     assert score(request) == here
-    assert all(nll > 0 for nll in here.base.nll)
-    assert here.base.nll != here.tuned.nll
+    assert all(nll > 0 for nll in here.nll)
+    assert score_here(request_of(adapter=None)).nll != here.nll
 
 
 def test_scoring_first_frees_the_model_of_a_training(
@@ -423,7 +437,7 @@ def test_on_a_gpu_the_adapter_scores_as_on_the_cpu(
 ) -> None:
     adapter = str(Adapter(**by_unsloth_on_gpu["adapter"]).data.path)
     on_cpu, on_gpu = (score_here(request_of(model=wide, adapter=adapter, device=device)) for device in ("cpu", "cuda"))
-    assert on_gpu.tuned.nll == pytest.approx(on_cpu.tuned.nll, rel=1e-3)
+    assert on_gpu.nll == pytest.approx(on_cpu.nll, rel=1e-3)
 
 
 @pytest.mark.gpu

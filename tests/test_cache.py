@@ -9,7 +9,7 @@ import pytest
 import toy
 from flows.cache import collect, inventory, parse_age
 from tasks import locks, runs, store
-from tasks.config import SampleConfig
+from tasks.config import PROMOTED, SampleConfig
 from tasks.refs import Artifact, ConfigError
 
 
@@ -51,6 +51,18 @@ def test_living_run_keeps_what_it_uses() -> None:
         assert collect(keep_last=0, age_seconds=0) == []
         store.verify(artifact)
     assert len(collect(keep_last=0, age_seconds=0)) == 1
+
+
+def test_promoted_model_is_kept_with_all_that_its_run_used(home: Path) -> None:
+    with runs.run_record("toy", {}):
+        data, model = toy.read.fn("a", SampleConfig(rows=1)).data, toy.read.fn("model", SampleConfig(rows=1)).data
+    (home / "models" / "toy").mkdir(parents=True)
+    (home / "models" / "toy" / PROMOTED).symlink_to(f"../../artifacts/products/{model.digest[:32]}")
+    later = made_by_a_run("b")
+    made_by_a_run("c")
+    assert [entry.path for entry in collect(keep_last=1, age_seconds=0)] == [f"artifacts/products/{later.digest[:32]}"]
+    store.verify(data)
+    store.verify(model)
 
 
 def test_young_runs_are_kept_by_age() -> None:

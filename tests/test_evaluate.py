@@ -13,15 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.backends.scoring import Answers, Prompt, Result
+from tasks.backends.scoring import Answers
+from tasks.baseline import baseline
 from tasks.config import EvaluateConfig, SharegptConfig, TemplateConfig, TokenizeConfig, WeightsConfig
-from tasks.evaluate import choose_rows, evaluate, measure, render_prompt, side_by_side
-from tasks.refs import Adapter, Artifact, Evaluation, InputError, Model, PipelineError, Split
+from tasks.evaluate import evaluate, side_by_side, title_of
+from tasks.heldout import Prompt, Said, choose_rows, per_token, render_prompt
+from tasks.refs import Adapter, Artifact, Baseline, Evaluation, InputError, Model, PipelineError, Split
 from tasks.sharegpt import sharegpt
 from tasks.store import publish
 from tasks.template import template
 from tasks.tokenize import tokenize
-from tests.tiny import make_tiny_model, tiny_reference
+from tests.tiny import make_tiny_model, publish_rows, tiny_reference, tiny_row
 from tests.train_tiny import train
 
 QUICK = EvaluateConfig(generations=4, max_new_tokens=6, batch_size=3)
@@ -55,9 +57,21 @@ class Inputs:
     template: Artifact
 
     def evaluate(self, config: EvaluateConfig = QUICK, **changes: Any) -> Evaluation:
-        """Run the stage as its Prefect task would, without the engine."""
-        inputs = vars(self) | {"config": config, "weights": FLOAT32, "device": "cpu"}
-        return evaluate.execute(inputs | changes)
+        """Run both stages as their Prefect tasks would, without the engine."""
+        inputs = vars(self) | {"config": config, "weights": FLOAT32, "device": "cpu"} | changes
+        asked = {name: inputs[name] for name in baseline.parameters}
+        base = baseline_of(baseline.key(asked), asked)
+        return evaluate.execute(inputs | {"baseline": base, "merged_prompt": "Título do produto: {title}"})
+
+
+_baselines: dict[str, Baseline] = {}
+
+
+def baseline_of(key: str, asked: dict[str, Any]) -> Baseline:
+    """The base model's answers, asked for once."""
+    if key not in _baselines:
+        _baselines[key] = baseline.execute(asked)
+    return _baselines[key]
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +114,13 @@ def test_the_tuned_model_is_set_beside_the_base_on_every_held_out_row(made: Inpu
     assert metrics["tuned"]["nll"] < metrics["base"]["nll"] - 1
     for name in ("base", "tuned"):
         assert metrics[name]["perplexity"] == pytest.approx(math.exp(metrics[name]["nll"]), rel=1e-4)
+        assert metrics[name]["nll_low"] <= metrics[name]["nll"] <= metrics[name]["nll_high"]
         total = sum(row[f"{name}_nll"] * row["tokens"] for row in metrics["per_row"])
         assert total / metrics["tokens"] == pytest.approx(metrics[name]["nll"], abs=1e-4)
         assert evaluation.summary[f"{name}_nll"] == metrics[name]["nll"]
 
 
-def test_the_numbers_are_those_of_plain_transformers(made: Inputs) -> None:
+def test_the_loss_is_that_of_an_independent_computation(made: Inputs) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -113,11 +128,26 @@ def test_the_numbers_are_those_of_plain_transformers(made: Inputs) -> None:
     metrics, _ = read(made.evaluate())
     with pa.memory_map(str(made.tokens / "tokens.arrow")) as source:
         rows = pa.ipc.open_stream(source).read_all().to_pylist()
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made.model.path), str(made.adapter.data.path)).eval()
-    for row, measured in zip(rows, metrics["per_row"], strict=True):
-        with torch.inference_mode():
-            loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss
-        assert measured["tuned_nll"] == pytest.approx(float(loss), abs=1e-4)
+    base = AutoModelForCausalLM.from_pretrained(made.model.path).eval()
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made.model.path), str(made.adapter.data.path)).eval()
+    for name, model in (("base", base), ("tuned", tuned)):
+        lost: list[float] = []
+        for row, measured in zip(rows, metrics["per_row"], strict=True):
+            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
+            with torch.inference_mode():
+                likely = model(input_ids=ids).logits[0, :-1].double().log_softmax(dim=-1)
+            own = [-float(likely[at, label]) for at, label in enumerate(labels.tolist()) if label != -100]
+            assert measured[f"{name}_nll"] == pytest.approx(sum(own) / len(own), abs=1e-5)
+            lost += own
+        assert metrics[name]["nll"] == pytest.approx(sum(lost) / len(lost), abs=1e-5)
+
+
+def test_the_base_model_is_asked_once_for_any_adapter(made: Inputs) -> None:
+    assert "adapter" not in baseline.parameters
+    _, generations = read(made.evaluate())
+    _, again = read(made.evaluate(adapter=train(made.model, publish_rows("tokens", [tiny_row("u0", [7] * 20)] * 8))))
+    assert [said["base"] for said in generations] == [said["base"] for said in again]
+    assert [said["tuned"] for said in generations] != [said["tuned"] for said in again]
 
 
 def test_answers_of_both_models_are_stored_side_by_side(made: Inputs) -> None:
@@ -128,6 +158,7 @@ def test_answers_of_both_models_are_stored_side_by_side(made: Inputs) -> None:
         assert f"Título do produto: Kettle {said['uid'].removeprefix('u')}\n" in said["prompt"]
         assert said["base"] != said["tuned"]
         assert 0 <= said["tuned_ends_at_once"] <= 1
+        assert said["tuned_ended"] in (True, False)
     assert any("steel" in said["tuned"] for said in generations)
 
 
@@ -178,7 +209,7 @@ def test_an_adapter_with_more_layers_than_the_model_is_refused(made: Inputs, roo
 
 
 def test_a_full_memory_names_three_settings(made: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> Any:
+    def full(*_: Any, **__: Any) -> Any:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8589934592 bytes.")
 
     monkeypatch.setattr("tasks.backends.scoring.row_nll", full)
@@ -186,6 +217,31 @@ def test_a_full_memory_names_three_settings(made: Inputs, monkeypatch: pytest.Mo
         made.evaluate()
     for setting in ("evaluate.batch_size=1 (now 3)", "evaluate.max_new_tokens", "tokenize.max_tokens"):
         assert setting in str(caught.value)
+
+
+def test_an_answer_has_ended_if_eos_came_before_its_length_ran_out(made: Inputs) -> None:
+    metrics, generations = read(made.evaluate(QUICK.model_copy(update={"max_new_tokens": 40})))
+    assert [said["tuned"] for said in generations] == ["steel and black"] * 4
+    assert all(said["tuned_ended"] for said in generations)
+    assert metrics["tuned"]["ends"] == 1
+    assert (metrics["tuned"]["rougeL"], metrics["tuned"]["length_ratio"]) == (1, 1)
+    short, cut = read(made.evaluate(QUICK.model_copy(update={"max_new_tokens": 1})))
+    assert not any(said["tuned_ended"] for said in cut)
+    assert short["tuned"]["ends"] == 0
+
+
+def test_a_ruined_adapter_is_measured_all_the_same(made: Inputs) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    with publish("adapter") as draft:
+        weights = load_file(made.adapter.data / "adapter_model.safetensors")
+        ruined = {name: tensor * float("nan") for name, tensor in weights.items()}
+        save_file(ruined, draft / "adapter_model.safetensors", metadata={"format": "pt"})
+        (draft / "adapter_config.json").write_bytes((made.adapter.data / "adapter_config.json").read_bytes())
+    metrics, generations = read(made.evaluate(adapter=made.adapter.model_copy(update={"data": draft.artifact})))
+    assert math.isnan(metrics["tuned"]["perplexity_high"])
+    assert math.isnan(generations[0]["tuned_ends_at_once"])
+    assert metrics["base"]["perplexity_high"] > 0
 
 
 @given(st.integers(0, 300), st.integers(0, 40), st.integers(0, 2**32 - 1))
@@ -196,30 +252,41 @@ def test_chosen_rows_are_distinct_ascending_and_there(rows: int, wanted: int, se
     assert all(0 <= row < rows for row in chosen)
 
 
-scores = st.lists(st.tuples(st.integers(1, 50), st.floats(0, 500), st.floats(0, 500)), min_size=1, max_size=20)
-
-
-@given(scores)
-def test_a_mean_weighs_rows_by_their_tokens(rows: list[tuple[int, float, float]]) -> None:
-    tokens, base, tuned = ([row[column] for row in rows] for column in range(3))
-    result = Result(base=Answers(nll=tuple(base)), tuned=Answers(nll=tuple(tuned)))
-    metrics = measure([[f"u{row}"] for row in range(len(rows))], [int(count) for count in tokens], result)
-    assert metrics["tokens"] == sum(tokens)
-    assert metrics["base"]["nll"] == pytest.approx(sum(base) / sum(tokens), abs=1e-5)
-    assert metrics["tuned"]["nll"] == pytest.approx(sum(tuned) / sum(tokens), abs=1e-5)
+def test_sums_become_means_per_labelled_token() -> None:
+    assert per_token(Answers(nll=(3.0, 0.0)), [2, 0]).nll == (1.5, 0.0)
 
 
 def test_side_by_side_keeps_what_was_asked_and_said() -> None:
-    prompt = Prompt(uid="u1", text="What?", reference="A kettle")
-    base, tuned = Answers(texts=("Who?",), ends_at_once=(0.5,)), Answers(texts=("A kettle",), ends_at_once=(0.1234567,))
-    assert side_by_side([prompt], Result(base=base, tuned=tuned)) == [
+    prompt = Prompt(uid="u1", asked="Kettle", text="What?", reference="A kettle")
+    base = Said(nll=(), texts=("Who?",), ended=(False,), ends_at_once=(0.5,))
+    tuned = Said(nll=(), texts=("A kettle",), ended=(True,), ends_at_once=(0.12346,))
+    assert side_by_side([prompt], base, tuned) == [
         {
             "uid": "u1",
             "prompt": "What?",
             "reference": "A kettle",
             "base": "Who?",
             "tuned": "A kettle",
+            "base_ended": False,
+            "tuned_ended": True,
             "base_ends_at_once": 0.5,
             "tuned_ends_at_once": 0.12346,
         }
     ]
+
+
+@pytest.mark.parametrize(
+    ("merged_prompt", "title"),
+    [
+        ("Produto: {title}!", "Red Kettle"),
+        ("Produto: {title}[[, {content}]]", "Produto: Red Kettle!"),
+        ("{content}", "Produto: Red Kettle!"),
+    ],
+)
+def test_the_title_is_found_where_the_prompt_is_plain(merged_prompt: str, title: str) -> None:
+    assert title_of("Produto: Red Kettle!", merged_prompt) == title
+
+
+def test_what_a_ruined_model_says_can_be_written_and_read() -> None:
+    ruined = Said(nll=(float("nan"), float("inf")), texts=(), ended=(), ends_at_once=())
+    assert repr(Said.model_validate_json(ruined.model_dump_json())) == repr(ruined)

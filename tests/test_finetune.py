@@ -22,12 +22,14 @@ from hypothesis import strategies as st
 from tasks import locks
 from tasks.backends import hardware, memory
 from tasks.backends.checkpoints import checkpoints, is_last, step_of
+from tasks.backends.held_out import best_step, has_stopped_improving
 from tasks.backends.watch import StepRecord, Verdict, read_log
 from tasks.config import FinetuneConfig
 from tasks.finetune import adapter_config, finetune, left_behind, summarize
 from tasks.refs import Adapter, Artifact, ConfigError, DivergedError, InputError, Model, PipelineError
+from tests.prepared import rows_of
 from tests.tiny import make_tiny_model, publish_rows, tiny_reference, tiny_row, tiny_tokens
-from tests.train_tiny import inputs, train
+from tests.train_tiny import HELD_OUT_ROWS, inputs, train
 
 LONG = {"max_steps": 32, "warmup_steps": 2}
 """Enough steps to be killed between the first checkpoint and the last."""
@@ -176,6 +178,91 @@ def test_a_gradient_that_is_no_number_ends_the_training_at_its_step() -> None:
     with pytest.raises(DivergedError, match=r"^finetune step 3: training diverged: got gradient norm inf;"):
         verdict.judge(steps[2:])
     replace(verdict, scaled=True).judge(steps[2:])  # float16 skips an overflowing step by design
+
+
+HELD_OUT = {"max_steps": 32, "eval_steps": 2, "keep": "best", "learning_rate": 0.02}
+"""Trained on random rows until the held-out ones are lost on more and more."""
+
+
+def held_out_losses(adapter: Adapter) -> dict[int, float]:
+    records = read_log(adapter.log / "train_log.jsonl")
+    return {record.step: record.held_out_loss for record in records if record.held_out_loss is not None}
+
+
+def test_the_held_out_loss_is_logged_and_is_that_of_the_evaluation(model: Model) -> None:
+    from tasks.backends.scoring import Request, score_here
+
+    adapter = train(model, tiny_tokens(40), eval_steps=4)
+    measured = held_out_losses(adapter)
+    assert list(measured) == [4, 8, 12]
+    rows = rows_of(tiny_tokens(HELD_OUT_ROWS, seed=1))
+    ids, labels = (tuple(tuple(row[name]) for row in rows) for name in ("input_ids", "labels"))
+    how = {"dtype": "float32", "load_in_4bit": False, "device": "cpu", "prompts": (), "max_new_tokens": 1, "batch_size": 3}
+    said = score_here(Request(model=model, adapter=str(adapter.data.path), input_ids=ids, labels=labels, **how))
+    assert measured[12] == pytest.approx(sum(said.nll) / sum(label != -100 for row in labels for label in row[1:]), abs=1e-5)
+
+
+def test_looking_at_held_out_rows_changes_no_weight_and_needs_them_as_input(model: Model) -> None:
+    rows = tiny_tokens(40)
+    assert inputs(model, rows)["held_out"] is None
+    assert train(model, rows, eval_steps=2, lora={"dropout": 0.1}).data == train(model, rows, lora={"dropout": 0.1}).data
+
+
+def test_every_line_of_the_log_tells_time_and_memory(model: Model) -> None:
+    records = read_log(train(model, tiny_tokens(40)).log / "train_log.jsonl")
+    seconds = [record.seconds for record in records]
+    assert seconds == sorted(seconds)
+    assert 0 < seconds[0] < seconds[-1] < 300
+    assert all(0 < record.memory_gib < 100 for record in records)
+
+
+def test_the_best_step_is_kept_beside_the_newest(home: Path, model: Model) -> None:
+    rows = tiny_tokens(40)
+    adapter = train(model, rows, **HELD_OUT)
+    measured = held_out_losses(adapter)
+    best = min(measured, key=lambda step: measured[step])
+    assert best < 24, "the rows were not learnt by heart soon enough to show anything"
+    assert adapter.steps == best
+    assert adapter.summary["best_held_out_loss"] == round(measured[best], 4)
+    assert [step_of(path) for path in checkpoints(work_of(home, model, rows, **HELD_OUT))] == [32, 28, best]
+    assert weights(adapter) != weights(train(model, rows, **HELD_OUT | {"keep": "last"}))
+
+
+def test_a_training_that_gets_no_better_ends_and_is_not_gone_on_with(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopping = HELD_OUT | {"early_stopping": 3}
+    adapter = train(model, tiny_tokens(40), **stopping)
+    measured = held_out_losses(adapter)
+    assert list(measured)[-4] == adapter.steps
+    assert max(measured) < 32
+    monkeypatch.setattr("tasks.finetune.load_backend", lambda _: pytest.fail("it went on"))
+    assert train(model, tiny_tokens(40), **stopping).data == adapter.data
+
+
+def test_killed_and_run_again_keeps_the_same_best_step(home: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = tiny_tokens(40)
+    assert interrupted(home, model, HELD_OUT, signal.SIGKILL).returncode == -signal.SIGKILL
+    assert not is_last(checkpoints(work_of(home, model, rows, **HELD_OUT))[0]), "killed too late to show anything"
+    resumed = train(model, rows, **HELD_OUT)
+    got = resumed.steps, weights(resumed), losses(resumed), held_out_losses(resumed)
+    monkeypatch.setenv("AMAZON_FT_HOME", str(home.with_name("other")))
+    whole = train(model, tiny_tokens(40), **HELD_OUT)
+    assert got == (whole.steps, weights(whole), losses(whole), held_out_losses(whole))
+
+
+def test_a_damaged_best_checkpoint_is_trained_again(home: Path, model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    rows = tiny_tokens(40)
+    whole = train(model, rows, **HELD_OUT)
+    (work_of(home, model, rows, **HELD_OUT) / f"checkpoint-{whole.steps}" / "adapter_model.safetensors").write_bytes(b"")
+    again = train(model, rows, **HELD_OUT)
+    assert f"checkpoint-{whole.steps}, the best on held-out rows, is damaged or missing; it is trained again." in caplog.text
+    assert (weights(again), losses(again)) == (weights(whole), losses(whole))
+
+
+def test_a_held_out_loss_that_is_no_number_is_never_the_best() -> None:
+    steps = [StepRecord(step, 1.0, 1.0, 1e-4, 10, held_out_loss=loss) for step, loss in ((1, math.nan), (2, 3.0), (3, math.nan))]
+    assert best_step(steps) == 2
+    assert has_stopped_improving(steps, 1)
+    assert not has_stopped_improving(steps[:2], 1)
 
 
 def test_packs_train_without_looking_across_their_rows(model: Model) -> None:

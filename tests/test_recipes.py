@@ -63,6 +63,21 @@ def test_checkpoints_fall_on_logged_steps(recipe: Path) -> None:
         load_recipe(str(recipe), ["finetune.save_steps=25"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["finetune.eval_steps=25"], "finetune: eval_steps=25 is no multiple of logging_steps=10; make it one"),
+        (["finetune.keep=best"], "finetune.early_stopping and finetune.keep=best need finetune.eval_steps"),
+        (["finetune.early_stopping=2"], "finetune.early_stopping and finetune.keep=best need finetune.eval_steps"),
+        (["finetune.eval_steps=10", "sample.eval_rows=0"], "finetune.eval_steps needs held-out rows"),
+        (["finetune.eval_steps=10", "finetune.backend=fast"], "finetune.eval_steps needs finetune.backend=hf or unsloth"),
+    ],
+)
+def test_a_look_at_held_out_rows_that_cannot_be_is_refused(recipe: Path, settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(recipe), settings)
+
+
 def test_unknown_recipe_names_the_known_ones() -> None:
     with pytest.raises(
         ConfigError, match=r"recipe nope: not found; expected one of as-written, default, demo, fast or a \.yaml file"

@@ -22,7 +22,9 @@ from tasks.store import publish
 from tests.tiny import BOS, make_tiny_model
 
 TEMPLATE = "{{ bos_token }}{% for message in messages %}### {{ message['content'] }}\n{% endfor %}"
-METRICS = {"rows": 2, "base": {"nll": 3.5, "perplexity": 33.1}, "tuned": {"nll": 0.25, "perplexity": 1.284}}
+TEXT = {"rouge1": 0.5, "rougeL": 0.25, "chrf": 31.5, "ends": 1.0}
+BASE = {"nll": 3.5, "nll_low": 3.25, "nll_high": 3.75, "perplexity": 33.1, **TEXT}
+METRICS = {"rows": 2, "base": BASE, "tuned": {**BASE, "nll": 0.25, "nll_low": 0.2, "nll_high": 0.3, "perplexity": 1.284}}
 
 
 @pytest.fixture(scope="session")
@@ -118,10 +120,49 @@ def test_the_card_tells_the_hub_and_the_reader(saved: SavedModel) -> None:
         "language": ["pt", "en"],
         "library_name": "peft",
         "license": "apache-2.0",
+        "metrics": ["perplexity", "rouge", "chrf"],
+        "model-index": [
+            {
+                "name": "unsloth_model_optimized",
+                "results": [
+                    {
+                        "task": {"type": "text-generation", "name": "Text Generation"},
+                        "dataset": {"type": "generated-catalogue", "name": "generated-catalogue", "split": "held-out"},
+                        "metrics": [
+                            {"type": "perplexity", "name": "perplexity", "value": 1.284},
+                            {"type": "rouge", "name": "ROUGE-1", "value": 0.5},
+                            {"type": "rouge", "name": "ROUGE-L", "value": 0.25},
+                            {"type": "chrf", "name": "chrF", "value": 31.5},
+                        ],
+                    }
+                ],
+            }
+        ],
         "pipeline_tag": "text-generation",
         "tags": ["amazon-ft", "lora", "sft", "product-descriptions"],
     }
-    assert "| nll | 3.5 | 0.25 |" in body
+    assert "| nats per token | 3.5 (3.25 to 3.75) | 0.25 (0.2 to 0.3) |" in body
+    assert "| answers that end, share | 1 | 1 |" in body
+
+
+def test_the_hubs_own_library_reads_the_numbers(saved: SavedModel) -> None:
+    from huggingface_hub import ModelCard
+
+    data = ModelCard((saved.data / "README.md").read_text()).data
+    assert data.model_name == "unsloth_model_optimized"
+    assert [(result.metric_name, result.metric_value) for result in data.eval_results or []] == [
+        ("perplexity", 1.284),
+        ("ROUGE-1", 0.5),
+        ("ROUGE-L", 0.25),
+        ("chrF", 31.5),
+    ]
+
+
+def test_a_ruined_models_card_tells_the_reader_and_not_the_hub(model: Model) -> None:
+    ruined = METRICS | {"tuned": dict.fromkeys(BASE, float("nan"))}
+    _, front, body = model_card("mine", model, {"name": "default"}, ruined).split("---\n", 2)
+    assert "model-index" not in yaml.safe_load(front)
+    assert "| nats per token | 3.5 (3.25 to 3.75) | nan (nan to nan) |" in body
 
 
 def test_it_loads_with_plain_peft_and_transformers_and_answers_as_the_adapter_does(

@@ -27,6 +27,7 @@ QUICK: dict[str, Any] = {
     "save_steps": 4,
 }
 MAX_TOKENS = 64
+HELD_OUT_ROWS = 8
 
 
 def inputs(model: Model, batches: Artifact, **changes: Any) -> dict[str, Any]:
@@ -34,7 +35,9 @@ def inputs(model: Model, batches: Artifact, **changes: Any) -> dict[str, Any]:
     weights = WeightsConfig(load_in_4bit=changes.pop("load_in_4bit", False), dtype=changes.pop("dtype", "auto"))
     device = changes.pop("device", "cpu")
     config = FinetuneConfig(**{**QUICK, **changes})
-    return {"model": model, "batches": batches, "config": config, "weights": weights, "max_tokens": MAX_TOKENS, "device": device}
+    held_out = tiny_tokens(HELD_OUT_ROWS, seed=1) if config.eval_steps else None
+    asked = {"model": model, "batches": batches, "config": config, "weights": weights, "held_out": held_out}
+    return {**asked, "max_tokens": MAX_TOKENS, "device": device}
 
 
 def train(model: Model, batches: Artifact, **changes: Any) -> Adapter:

@@ -4,12 +4,14 @@
     fast.py               the same model on packs, as fast as a GPU allows: packed.py, frozen.py, linear_loss.py, choice.py
     trainer.py            the training loop that both share: TRL's SFTTrainer, watched
     watch.py              per-step losses, divergence, reports
+    held_out.py           the loss on held-out rows while it trains: the best step, when to stop
     checkpoints.py        intact or not
     hardware.py           number types, devices, early refusals
     memory.py             estimates of memory, and advice when it runs out
     loading.py            base model and tokenizer by plain transformers
     progress.py           who hears of the training while it runs
-    scoring.py            negative log-likelihood and generations
+    likelihood.py         negative log-likelihood of rows
+    scoring.py            a base or tuned model on held-out rows: likelihood and generations
 
 Heavy imports stay inside the functions.
 """
@@ -57,6 +59,8 @@ class Job:
     """Holds the checkpoints and the log."""
     resume: Path | None = None
     """The checkpoint to go on from."""
+    held_out: Path | None = None
+    """tokens.arrow of the rows whose loss is looked at every config.eval_steps."""
 
 
 @dataclass(frozen=True)

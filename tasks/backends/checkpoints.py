@@ -74,11 +74,19 @@ def damage_of(checkpoint: Path, *, digests: bool = True) -> str | None:
     return None
 
 
-def prune(work: Path, keep: int) -> None:
-    """Keep the newest `keep` sealed checkpoints, so that an intact one is left at any moment."""
+def prune(work: Path, keep: int, *, always: int | None = None) -> None:
+    """Keep the newest `keep` sealed checkpoints, so that an intact one is left at any moment, and that of step `always`."""
     sealed = [path for path in checkpoints(work) if (path / SEAL).is_file()]
     for checkpoint in sealed[keep:]:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        if step_of(checkpoint) != always:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def drop_from(work: Path, step: int) -> None:
+    """Remove the checkpoints of a step and of those after it, to train them again."""
+    for checkpoint in checkpoints(work):
+        if step_of(checkpoint) >= step:
+            shutil.rmtree(checkpoint)
 
 
 def resumable(work: Path) -> str | None:

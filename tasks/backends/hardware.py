@@ -138,6 +138,15 @@ def free_gib(device: str) -> float | None:
     return round(torch.cuda.mem_get_info()[0] / GIB, 3) if device == "cuda" else None
 
 
+def used_gib(device: str) -> float:
+    """Memory that this process holds now: the GPU's, or the main memory on the CPU."""
+    import psutil
+    import torch
+
+    used = torch.cuda.memory_reserved() if device == "cuda" else psutil.Process().memory_info().rss
+    return round(used / GIB, 3)
+
+
 def peak_gib(device: str) -> float:
     """The most memory that this process has used so far: the GPU's, or the main memory on the CPU."""
     import resource

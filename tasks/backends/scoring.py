@@ -1,8 +1,6 @@
-"""Asks a base model and its tuned self the same things: how likely the held-out answers are, and what they would say.
+"""Asks a base model, or its tuned self, how likely the held-out answers are and what it would say.
 
-Both come from one load: PEFT switches the adapter off for the base. Plain transformers and PEFT are used whichever backend
-trained, which also shows that the adapter loads there. Unsloth patches those libraries in its process, so after a training
-with it the scoring runs in a process of its own:
+Plain transformers and PEFT are used whichever backend XX runs in a process of its own:
 
     python -m tasks.backends.scoring REQUEST.json RESULT.json
 """
@@ -16,65 +14,63 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
+
+from tasks.backends.likelihood import batches, row_nll
 from tasks.backends.loading import load_base, load_tokenizer
 from tasks.backends.memory import first_line, is_out_of_memory
 from tasks.refs import Model, PipelineError, Value
 
-HEAD_TOKENS = 1024
-"""Positions whose logits are in memory at once; 128,256 float32 logits each with Llama-3's vocabulary, 0.5 GB."""
 PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2): the kernel ends the process when its parent dies."""
-
-
-class Prompt(Value):
-    """A text to go on from."""
-
-    uid: str
-    text: str
-    reference: str
 
 
 class Request(Value):
     """What to load and what to ask."""
 
     model: Model
-    adapter: str
+    adapter: str | None
+    """A directory in PEFT's format; None asks the base model."""
     dtype: str
     load_in_4bit: bool
     device: str
     input_ids: tuple[tuple[int, ...], ...]
     labels: tuple[tuple[int, ...], ...]
     """-100 where a token does not count."""
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[str, ...]
+    """Texts to go on from."""
     max_new_tokens: int
     batch_size: int
 
 
 class Answers(Value):
-    """What one model made of the request."""
+    """What the model made of the request; what a ruined adapter says may be no number."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     nll: tuple[float, ...] = ()
     """Negative log-likelihood of each row's labelled tokens, summed, in nats."""
     texts: tuple[str, ...] = ()
     """A greedy answer to each prompt."""
+    ended: tuple[bool, ...] = ()
+    """Whether the answer came to its end, by EOS."""
     ends_at_once: tuple[float, ...] = ()
     """The probability that the answer to each prompt is empty."""
 
 
 class Result(Value):
-    """Base and tuned model side by side."""
+    """What a process of its own hands back."""
 
-    base: Answers = Answers()
-    tuned: Answers = Answers()
+    answers: Answers = Answers()
     error: str | None = None
     """What stopped the scoring, for the user."""
 
 
-def score(request: Request) -> Result:
+def score(request: Request) -> Answers:
     """Score here, or in a fresh process where Unsloth has patched this one.
 
     Raises:
@@ -93,56 +89,28 @@ def _free_what_a_training_left(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def score_here(request: Request) -> Result:
+def score_here(request: Request) -> Answers:
     """Score with the libraries as they are in this process."""
-    from peft import PeftModel
-
     tokenizer = load_tokenizer(request.model)
     with _memory_errors_explained(request):
-        base = load_base(Path(request.model.path), request.dtype, load_in_4bit=request.load_in_4bit, device=request.device)
-        model = PeftModel.from_pretrained(base, request.adapter, torch_device=request.device).eval()
-        tuned = _ask(model, tokenizer, request)
-        with model.disable_adapter():
-            return Result(base=_ask(model, tokenizer, request), tuned=tuned)
+        model = load_base(Path(request.model.path), request.dtype, load_in_4bit=request.load_in_4bit, device=request.device)
+        if request.adapter is not None:
+            add_adapter(model, request.adapter, request.device)
+        model.eval()
+        said = generate(model, tokenizer, request)
+        nll = row_nll(model, request.input_ids, request.labels, batch_size=request.batch_size, device=request.device)
+        return said.model_copy(update={"nll": nll})
 
 
-def _ask(model: Any, tokenizer: Any, request: Request) -> Answers:
-    texts, ends = generate(model, tokenizer, request)
-    return Answers(nll=row_nll(model, request), texts=texts, ends_at_once=ends)
+def add_adapter(model: Any, adapter: str, device: str) -> None:
+    """Put an adapter's layers into a base model, in place."""
+    from peft import PeftModel
+
+    PeftModel.from_pretrained(model, adapter, torch_device=device)
 
 
-def row_nll(model: Any, request: Request) -> tuple[float, ...]:
-    """Negative log-likelihood of each row's labelled tokens, summed, in nats; rows in their order."""
-    order = sorted(range(len(request.input_ids)), key=lambda row: (len(request.input_ids[row]), row))
-    found: dict[int, float] = {}
-    for rows in _batches(order, request.batch_size):
-        sums = _batch_nll(model, [request.input_ids[row] for row in rows], [request.labels[row] for row in rows], request.device)
-        found |= dict(zip(rows, sums, strict=True))
-    return tuple(found[row] for row in range(len(order)))
-
-
-def _batch_nll(model: Any, ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], device: str) -> list[float]:
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    causal = model.get_base_model()
-    with torch.inference_mode():
-        inputs = _padded(ids, 0, device)
-        mask = _padded([[1] * len(row) for row in ids], 0, device)
-        hidden = causal.get_decoder()(input_ids=inputs, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
-        target = _padded(labels, -100, device)[:, 1:]
-        picked = target != -100  # (rows, positions)
-        nll = torch.zeros(target.shape, dtype=torch.float64, device=device)
-        logits = (causal.get_output_embeddings()(part).float() for part in hidden[picked].split(HEAD_TOKENS))
-        wanted = target[picked].split(HEAD_TOKENS)
-        parts = [cross_entropy(part, ids, reduction="none").double() for part, ids in zip(logits, wanted, strict=True)]
-        if parts:
-            nll[picked] = torch.cat(parts)
-        return [float(value) for value in nll.sum(dim=1).tolist()]
-
-
-def generate(model: Any, tokenizer: Any, request: Request) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """A greedy answer to each prompt, and the probability of ending at once."""
+def generate(model: Any, tokenizer: Any, request: Request) -> Answers:
+    """A greedy answer to each prompt, whether it ended, and the probability of ending at once."""
     import torch
     from transformers import GenerationConfig
 
@@ -154,13 +122,14 @@ def generate(model: Any, tokenizer: Any, request: Request) -> tuple[tuple[str, .
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
-    model.generation_config = model.get_base_model().generation_config = greedy
+    model.generation_config = greedy
     texts: list[str] = []
+    ended: list[bool] = []
     ends: list[float] = []
-    for prompts in _batches(request.prompts, request.batch_size):
-        batch = tokenizer(
-            [prompt.text for prompt in prompts], add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-        ).to(request.device)
+    for prompts in batches(request.prompts, request.batch_size):
+        batch = tokenizer(list(prompts), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt").to(
+            request.device
+        )
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         with torch.inference_mode():
             positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
@@ -168,19 +137,8 @@ def generate(model: Any, tokenizer: Any, request: Request) -> tuple[tuple[str, .
             ends.extend(first.softmax(dim=-1)[:, eos].tolist())
             said = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
         texts.extend(tokenizer.batch_decode(said, skip_special_tokens=True))
-    return tuple(texts), tuple(ends)
-
-
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int, device: str) -> Any:
-    """(rows, longest), padded on the right."""
-    import torch
-
-    longest = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], device=device)
+        ended.extend((said == eos).any(dim=1).tolist())
+    return Answers(texts=tuple(texts), ended=tuple(ended), ends_at_once=tuple(ends))
 
 
 @contextlib.contextmanager
@@ -198,7 +156,7 @@ def _memory_errors_explained(request: Request) -> Generator[None]:
         ) from error
 
 
-def _score_apart(request: Request) -> Result:
+def _score_apart(request: Request) -> Answers:
     with tempfile.TemporaryDirectory() as directory:
         asked, told = Path(directory, "request.json"), Path(directory, "result.json")
         asked.write_text(request.model_dump_json())
@@ -210,7 +168,7 @@ def _score_apart(request: Request) -> Result:
         result = Result.model_validate_json(told.read_bytes())
     if result.error:
         raise PipelineError(result.error)
-    return result
+    return result.answers
 
 
 def main(asked: Path, told: Path) -> None:
@@ -218,7 +176,7 @@ def main(asked: Path, told: Path) -> None:
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
     request = Request.model_validate_json(asked.read_bytes())
     try:
-        result = score_here(request)
+        result = Result(answers=score_here(request))
     except PipelineError as error:
         result = Result(error=str(error))
     told.write_text(result.model_dump_json())

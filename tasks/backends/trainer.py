@@ -20,8 +20,9 @@ from typing import Any
 
 from tasks.backends import Job, Progress
 from tasks.backends.checkpoints import describe_kept, prune, seal, step_of
-from tasks.backends.hardware import peak_gib
-from tasks.backends.watch import LOG, Verdict, Watch, rewind_log
+from tasks.backends.hardware import peak_gib, used_gib
+from tasks.backends.held_out import HeldOut, best_step, has_stopped_improving
+from tasks.backends.watch import LOG, Verdict, Watch, read_log, rewind_log
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def run(job: Job, trainer: Any, progress: Progress) -> float:
             rows_of=lambda step: rows_of_step(trainer, step),
             kept=lambda: describe_kept(job.work),
         ),
+        memory_gib=lambda: used_gib(job.resolved.device),
     )
     _attach(trainer, watch, job)
     with _terminable(trainer):
@@ -159,21 +161,36 @@ def _attach(trainer: Any, watch: Watch, job: Job) -> None:
 
     trainer.training_step, trainer._get_grad_norm = training_step, get_grad_norm
 
+    held_out = HeldOut(job.held_out, job.config, job.resolved.device) if job.held_out else None
+
     class Watched(TrainerCallback):
         def on_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
             watch.stepped(float(optimizer.param_groups[0]["lr"]))
 
         def on_step_end(self, *args: Any, **_: Any) -> None:
             _, state, control = args
-            watch.step_ended(state.global_step)
+            loss = held_out.loss(trainer.model, state.global_step) if held_out else None
+            watch.step_ended(state.global_step, loss)
             if control.should_log or control.should_save:
                 watch.flush()
+            if loss is not None:
+                _decide(job, state.global_step, control)
 
         def on_save(self, *args: Any, **_: Any) -> None:
             seal(job.work / f"checkpoint-{args[1].global_step}")
-            prune(job.work, job.config.keep_checkpoints)
+            prune(job.work, job.config.keep_checkpoints, always=best_step(read_log(job.work / LOG)))
 
     trainer.add_callback(Watched())
+
+
+def _decide(job: Job, step: int, control: Any) -> None:
+    """Save the best step so far where the best is wanted; end a training that gets no better, with a checkpoint."""
+    records = read_log(job.work / LOG)
+    if job.config.keep == "best" and best_step(records) == step:
+        control.should_save = True
+    if has_stopped_improving(records, job.config.early_stopping):
+        logger.info("finetune ends at step %d: %d held-out losses in a row were no better.", step, job.config.early_stopping)
+        control.should_save = control.should_training_stop = True
 
 
 @contextmanager

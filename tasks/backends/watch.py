@@ -35,6 +35,12 @@ class StepRecord:
     learning_rate: float
     tokens: int
     """Tokens that carry text, padding left out."""
+    seconds: float = math.nan
+    """Since the training began; what lay between an interruption and its resume is left out."""
+    memory_gib: float = math.nan
+    """What the process holds on its device after the step."""
+    held_out_loss: float | None = None
+    """Nats per labelled token of the held-out rows after the step, where it was measured."""
 
 
 @dataclass
@@ -46,19 +52,24 @@ class Pending:
     grad_norm: Any = math.nan
     learning_rate: float = math.nan
     step: int = 0
+    seconds: float = math.nan
+    memory_gib: float = math.nan
+    held_out_loss: float | None = None
 
 
 class Watch:
     """Collects steps; hands them to the log, the listeners and the check when a step is logged or saved."""
 
-    def __init__(self, *, log: Path, steps: int, progress: Progress, verdict: Verdict) -> None:
+    def __init__(self, *, log: Path, steps: int, progress: Progress, verdict: Verdict, memory_gib: Callable[[], float]) -> None:
         self._log = log
         self._steps = steps
         self._progress = progress
         self._verdict = verdict
         self._open = Pending()
         self._waiting: list[Pending] = []
+        self._memory_gib = memory_gib
         self._since = time.monotonic()
+        self._began = self._since - seconds_so_far(log)
 
     def micro_step(self, loss: Any, tokens: Any) -> None:
         """A forward and backward pass was made."""
@@ -73,9 +84,10 @@ class Watch:
         """The optimizer made a step at this rate."""
         self._open.learning_rate = learning_rate
 
-    def step_ended(self, step: int) -> None:
-        """The step is complete; steps count from 1."""
-        self._open.step = step
+    def step_ended(self, step: int, held_out_loss: float | None) -> None:
+        """The step is complete, and what was lost on held-out rows after it, if that was looked at; steps count from 1."""
+        self._open.step, self._open.held_out_loss = step, held_out_loss
+        self._open.seconds, self._open.memory_gib = time.monotonic() - self._began, self._memory_gib()
         self._waiting.append(self._open)
         self._open = Pending()
 
@@ -100,6 +112,8 @@ class Watch:
             *(report.step, report.steps, report.loss, report.learning_rate, report.grad_norm),
             *(report.tokens_per_second, report.eta_seconds),
         )
+        if records[-1].held_out_loss is not None:
+            logger.info("step %d: held-out loss %.4f", report.step, records[-1].held_out_loss)
         self._verdict.judge(records)
 
     def _report(self, records: Sequence[StepRecord]) -> Report:
@@ -154,8 +168,14 @@ def rewind_log(log: Path, step: int) -> None:
 
 
 def read_log(log: Path) -> list[StepRecord]:
-    """All steps of a training."""
-    return [StepRecord(**json.loads(line)) for line in log.read_text().splitlines()]
+    """All steps of a training; a line that was cut short is none."""
+    return [StepRecord(**json.loads(line)) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def seconds_so_far(log: Path) -> float:
+    """How long the steps in a log took."""
+    records = read_log(log) if log.is_file() else []
+    return records[-1].seconds if records else 0.0
 
 
 def _fetch(pending: Pending) -> StepRecord:
@@ -165,6 +185,9 @@ def _fetch(pending: Pending) -> StepRecord:
         grad_norm=float(pending.grad_norm),
         learning_rate=pending.learning_rate,
         tokens=int(sum(pending.tokens)),
+        seconds=round(pending.seconds, 3),
+        memory_gib=pending.memory_gib,
+        held_out_loss=pending.held_out_loss,
     )
 
 

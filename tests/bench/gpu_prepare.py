@@ -108,7 +108,7 @@ def small_arm(recipe: Recipe, train: Path, judged: Path, tokenizer: Tokenizer) -
 def _asked(texts: Artifact, parts: dict[str, Any]) -> Iterator[dict[str, str]]:
     import pyarrow as pa
 
-    from tasks.evaluate import render_prompt
+    from tasks.heldout import render_prompt
 
     with pa.memory_map(str(texts / "turns.arrow")) as source:
         turns = pa.ipc.open_stream(source).read_all().to_pylist()

@@ -173,7 +173,7 @@ def score_run(
     """Base and tuned model on the answers of all products that both arms have."""
     from tasks.backends.hardware import resolve_dtype
     from tasks.backends.loading import load_tokenizer
-    from tasks.backends.scoring import Prompt, Request, score
+    from tasks.backends.scoring import Request, score
     from tasks.modeldir import directory_model
 
     reference = directory_model(model, name="SmolLM2-135M-Instruct")
@@ -181,22 +181,20 @@ def score_run(
     asked = [one for one in asked if one["uid"] in answers]
     prompts = [tokenizer(one["prompt"], add_special_tokens=False)["input_ids"] for one in asked]
     said = [tokenizer(answers[one["uid"]] + eos, add_special_tokens=False)["input_ids"] for one in asked]
-    result = score(
-        Request(
-            model=reference,
-            adapter=run["path"],
-            dtype=resolve_dtype("auto", session.device),
-            load_in_4bit=not session.rehearse,
-            device=session.device,
-            input_ids=tuple((*prompt, *answer)[:2048] for prompt, answer in zip(prompts, said, strict=True)),
-            labels=tuple(((-100,) * len(prompt) + tuple(answer))[:2048] for prompt, answer in zip(prompts, said, strict=True)),
-            prompts=tuple(Prompt(uid=one["uid"], text=one["prompt"], reference=answers[one["uid"]]) for one in asked),
-            max_new_tokens=1,
-            batch_size=8,
-        )
+    request = Request(
+        model=reference,
+        adapter=None,
+        dtype=resolve_dtype("auto", session.device),
+        load_in_4bit=not session.rehearse,
+        device=session.device,
+        input_ids=tuple((*prompt, *answer)[:2048] for prompt, answer in zip(prompts, said, strict=True)),
+        labels=tuple(((-100,) * len(prompt) + tuple(answer))[:2048] for prompt, answer in zip(prompts, said, strict=True)),
+        prompts=tuple(one["prompt"] for one in asked),
+        max_new_tokens=1,
+        batch_size=8,
     )
     tokens = sum(map(len, said))
-    both = {"base": result.base, "tuned": result.tuned}
+    both = {"base": score(request), "tuned": score(request.model_copy(update={"adapter": run["path"]}))}
     return {
         "seed": run["seed"],
         "trained_tokens": run["summary"]["tokens"],

@@ -67,7 +67,7 @@ def test_run_completes_and_trains_on_the_cuda_pool(served: Served, finished_run:
     assert (run["work_pool_name"], child["work_pool_name"]) == ("cpu", "cuda")
     assert child["deployment_id"] == served.deployment("amazon-ft-train/cuda")["id"]
     assert child["id"] in (served.home / "logs" / "cuda-0.log").read_text()
-    assert served.tasks(child["id"]) == {"finetune": "Completed", "evaluate": "Completed"}
+    assert served.tasks(child["id"]) == dict.fromkeys(("finetune", "baseline", "evaluate"), "Completed")
     tasks = served.tasks(finished_run)
     assert {name: tasks[name] for name in PREPARED} == dict.fromkeys(PREPARED, "Completed")
 
@@ -92,8 +92,9 @@ def test_artifacts_of_both_runs_are_readable(served: Served, finished_run: str) 
     assert "⟦" in data["rows"]
     assert "Responda à pergunta" in data["rows"]
     assert "data:image/svg+xml;base64," in data["token-lengths"]
-    assert "| nll |" in data["evaluation"]
+    assert "| nats per token |" in data["evaluation"]
     assert "| finetune | cached |" in data["stages"]
+    assert data["verdict"].startswith("# Verdict: ")
     assert str(served.home / "models" / "demo" / "unsloth_model_optimized") in data["model"]
     assert shown["demo-model-link"]["type"] == "link"
     training = served.artifacts(served.child(finished_run)["id"])

@@ -64,7 +64,7 @@ def test_every_stage_survives_a_full_disk(fresh: Tiny, small_home: Path, monkeyp
     monkeypatch.setattr(Stage, "_run", execute_twice)
     monkeypatch.setattr(pipeline, "tune", dispatch.finetune_and_evaluate)
     pipeline.pipeline(load_recipe(str(fresh.recipe)))
-    assert list(failures) == ["ingest", "sample", "sharegpt", "template", "tokenize", "finetune", "evaluate", "save"]
+    assert list(failures) == ["ingest", "sample", "sharegpt", "template", "tokenize", "finetune", "baseline", "evaluate", "save"]
     for message in failures.values():
         assert re.match(
             rf"{small_home}\S*: no space left on the device: needs at least [\d,]+ bytes, [\d,]+ were free\.", message

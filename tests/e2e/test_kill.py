@@ -87,6 +87,7 @@ TARGETS = (
     "tokens",
     "checkpoint",
     "adapter",
+    "baseline",
     "evaluation",
     "saved-model",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -14,11 +15,16 @@ from conftest import Tiny
 from tasks import store
 from tasks.refs import Artifact
 
-ALL = ["ingest", "sample", "sharegpt", "template", "tokenize", "finetune", "evaluate", "save"]
+ALL = ["ingest", "sample", "sharegpt", "template", "tokenize", "finetune", "baseline", "evaluate", "save"]
 
 
 def not_cached(steps: dict[str, dict[str, Any]]) -> list[str]:
     return [name for name, step in steps.items() if step["state"] != "cached"]
+
+
+def below(first: str) -> list[str]:
+    """A stage and all that follows from it; the base model is asked without the adapter."""
+    return [name for name in ALL[ALL.index(first) :] if (first, name) != ("finetune", "baseline")]
 
 
 def artifacts(home: Path) -> list[Path]:
@@ -37,8 +43,13 @@ def test_first_run_makes_every_stage_and_the_model(finished: Tiny) -> None:
     }
 
 
-def test_second_run_is_all_cached(tiny: Tiny) -> None:
-    assert not_cached(tiny.ran()) == []
+def test_second_run_is_all_cached_and_judged_again(tiny: Tiny) -> None:
+    told = json.loads(tiny.run().stdout.splitlines()[-1])
+    assert not_cached({stage["name"]: stage for stage in told["stages"]}) == []
+    newest = max((tiny.home / "runs").glob("*.json"), key=lambda path: json.loads(path.read_text())["started"])
+    assert told["verdict"] == json.loads(newest.read_text())["verdict"]
+    assert told["verdict"]["against"] == ["base"]
+    assert told["verdict"]["promoted"] == (tiny.home / "models" / "tiny" / "promoted").is_symlink()
 
 
 @pytest.mark.parametrize(
@@ -51,23 +62,26 @@ def test_second_run_is_all_cached(tiny: Tiny) -> None:
         ("tokenize.loss_on=everything", "tokenize"),
         ("finetune.learning_rate=2e-3", "finetune"),
         ("finetune.lora.r=8", "finetune"),
-        ("evaluate.max_new_tokens=9", "evaluate"),
+        ("finetune.eval_steps=2", "finetune"),
+        ("evaluate.max_new_tokens=9", "baseline"),
         ("save.name=mine", "save"),
     ],
 )
 def test_changed_setting_reruns_its_stage_and_what_follows(finished: Tiny, setting: str, first: str) -> None:
     steps = finished.plan("--set", setting)
-    assert not_cached(steps) == ALL[ALL.index(first) :]
+    assert not_cached(steps) == below(first)
     key = setting.split("=")[0].partition(".")[2]
     assert f"config.{key}" in steps[first]["reason"]
-    assert {steps[name]["reason"] for name in ALL[ALL.index(first) + 1 :]} <= {f"unknown until {first}"}
+    assert {steps[name]["reason"] for name in below(first)[1:]} <= {f"unknown until {first}"}
 
 
 def test_changed_learning_rate_really_trains_again(tiny: Tiny) -> None:
     assert not_cached(tiny.ran("--set", "finetune.learning_rate=2e-3")) == ["finetune", "evaluate", "save"]
 
 
-@pytest.mark.parametrize("setting", ["ingest.block_bytes=65536", "finetune.keep_checkpoints=1", "cache.verify=size"])
+@pytest.mark.parametrize(
+    "setting", ["ingest.block_bytes=65536", "finetune.keep_checkpoints=1", "cache.verify=size", "promote.margin=9"]
+)
 def test_setting_that_changes_no_result_reruns_nothing(finished: Tiny, setting: str) -> None:
     assert not_cached(finished.plan("--set", setting)) == []
 
@@ -97,13 +111,14 @@ def test_appended_malformed_line_reruns_ingest_alone(tiny: Tiny) -> None:
         ("tasks/chat_template.py", None, "\nADDED = 1\n", "template"),
         ("tasks/sample.py", None, "\nADDED = 1\n", "sample"),
         ("tasks/backends/hf.py", None, "\nADDED = 1\n", "finetune"),
+        ("tasks/metrics.py", None, "\nADDED = 1\n", "evaluate"),
         ("tasks/save.py", None, "\nADDED = 1\n", "save"),
     ],
 )
 def test_edited_code_reruns_its_stage(tiny: Tiny, file: str, before: str | None, after: str, first: str) -> None:
     tiny.checkout.append(file, after)
     steps = tiny.plan()
-    assert not_cached(steps) == ALL[ALL.index(first) :]
+    assert not_cached(steps) == below(first)
     assert steps[first]["reason"] == f"code changed: {file}"
 
 
@@ -130,7 +145,7 @@ def test_edited_tokenizer_under_the_same_path_reruns_tokenize(tiny: Tiny) -> Non
     steps = tiny.plan()
     assert steps["template"]["state"] == "cached"
     assert steps["tokenize"]["reason"].startswith("tokenizer.digest ")
-    assert not_cached(steps) == ["tokenize", "finetune", "evaluate", "save"]
+    assert not_cached(steps) == ["tokenize", "finetune", "baseline", "evaluate", "save"]
 
 
 def test_edited_weights_rerun_the_training(tiny: Tiny) -> None:
@@ -138,7 +153,7 @@ def test_edited_weights_rerun_the_training(tiny: Tiny) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert not_cached(tiny.plan()) == ["finetune", "evaluate", "save"]
+    assert not_cached(tiny.plan()) == ["finetune", "baseline", "evaluate", "save"]
 
 
 @pytest.mark.parametrize("damage", ["delete", "truncate", "flip"])

@@ -1,0 +1,35 @@
+"""Baseline: what the base model says on the held-out rows, asked once for all adapters that are set beside it.
+
+baseline/     said.json (tasks/heldout.py)
+"""
+
+from __future__ import annotations
+
+from tasks.config import EvaluateConfig, WeightsConfig
+from tasks.heldout import SAID, Said, ask, read_asked
+from tasks.refs import Artifact, Baseline, Model
+from tasks.stage import stage
+from tasks.store import publish
+
+EMPTY = Said(nll=(), texts=(), ended=(), ends_at_once=())
+
+
+@stage(version=1)
+def baseline(
+    model: Model,
+    tokens: Artifact,
+    texts: Artifact,
+    template: Artifact,
+    config: EvaluateConfig,
+    weights: WeightsConfig,
+    device: str,
+) -> Baseline:
+    """Ask the base model on the held-out tokens.arrow and on some of the prompts of turns.arrow; `device` is cpu or cuda."""
+    said = EMPTY
+    if tokens.rows:
+        asked = read_asked(tokens, texts, template, config)
+        said = ask(asked, model, None, config=config, weights=weights, device=device)
+    with publish("baseline") as draft:
+        (draft / SAID).write_text(said.model_dump_json(), encoding="utf-8")
+        draft.rows = len(said.nll)
+    return Baseline(data=draft.artifact)
