@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flows.page import report_path
 from tasks.catalogue import count_right
 from tasks.refs import SavedModel, home
 
@@ -60,6 +61,8 @@ def outcome(entries: list[dict[str, Any]], recipe: Recipe, saved: SavedModel | N
         console.print(table)
     if saved is not None:
         console.print(f"model: {link(recipe, saved)}", soft_wrap=True, highlight=False)
+    if saved is not None and (page := report_path(recipe.name)).is_file():
+        console.print(f"report: {page}", soft_wrap=True, highlight=False)
 
 
 def comparison(numbers: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -107,6 +110,7 @@ def summary(entries: list[dict[str, Any]], recipe: Recipe, saved: SavedModel | N
         "stages": [{name: entry.get(name) for name in names} for entry in entries],
         "metrics": metrics(entries, recipe),
         "artifact": link(recipe, saved) if saved else None,
+        "report": str(page) if saved and (page := report_path(recipe.name)).is_file() else None,
     }
 
 
