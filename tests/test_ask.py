@@ -58,8 +58,8 @@ def test_base_and_tuned_model_answer_differently(asked: Asked) -> None:
 
 def test_a_question_takes_the_place_of_the_recipes_own(asked: Asked) -> None:
     chat = [{"role": "user", "content": "Chaleira"}]
-    own = asked.tokenizer.apply_chat_template(chat, question=None, tokenize=False)
-    other = asked.tokenizer.apply_chat_template(chat, question="De que é feita?", tokenize=False)
+    own = asked.tokenizer.apply_chat_template(chat, question=None, add_generation_prompt=True, tokenize=False)
+    other = asked.tokenizer.apply_chat_template(chat, question="De que é feita?", add_generation_prompt=True, tokenize=False)
     assert load_recipe("demo").template.questions[0] in own
     assert "De que é feita?" in other
 
@@ -79,7 +79,7 @@ def test_without_a_title_it_asks_until_an_empty_line(asked: Asked, monkeypatch: 
 
 
 def test_a_title_is_asked_as_the_recipe_renders_it() -> None:
-    recipe = load_recipe("demo", ["sharegpt.merged_prompt=Produto: {title}[[, {content}]]"])
+    recipe = load_recipe("demo", ["sharegpt.merged_prompt='Produto: {title}[[, {content}]]'"])
     assert render_title(recipe, " Chaleira ") == "Produto: Chaleira"
 
 

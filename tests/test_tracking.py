@@ -18,6 +18,8 @@ from tasks.config import TrackingConfig
 from tasks.refs import Adapter, ConfigError, Evaluation, SavedModel, home
 from tests.tuned import METRICS, artifact_of
 
+MLFLOW = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+"""mlflow's SQL store on SQLAlchemy 2.1: https://github.com/mlflow/mlflow/blob/master/mlflow/store/tracking/dbmodels/models.py"""
 RECIPE = load_recipe("demo", ["tracking.report_to=mlflow"])
 STEPS = [{"step": step, "loss": 4.0 / step, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens": 50} for step in (1, 2)]
 
@@ -41,6 +43,7 @@ def saved_model() -> SavedModel:
     return SavedModel(data=artifact_of("saved-model", {"README.md": "card", "metrics.json": "{}"}), name="m")
 
 
+@MLFLOW
 def test_mlflow_gives_back_params_metrics_digests_and_files(run: runs.Run, home: Path) -> None:
     from mlflow.tracking import MlflowClient
 
@@ -68,6 +71,7 @@ def test_tensorboard_gives_back_every_step(run: runs.Run, home: Path) -> None:
     assert events.Scalars("evaluation/tuned/nll")[0].value == 0.25
 
 
+@MLFLOW
 def test_a_long_training_is_told_in_whole(home: Path) -> None:
     from mlflow.tracking import MlflowClient
 
