@@ -6,6 +6,7 @@ It is written when a run has saved its model. Product text is hostile: everythin
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -135,22 +136,22 @@ def drawings(results: Results, recipe: Recipe) -> dict[str, str]:
     from markupsafe import Markup
 
     steps = results.training
-    held_out = [(step["step"], step["held_out_loss"]) for step in steps if step.get("held_out_loss") is not None]
-    rates = speeds(steps)
-    memory = [(step["step"], step["memory_gib"]) for step in steps if step.get("memory_gib") is not None]
-    drawn: dict[str, str] = {}
-    if steps:
-        losses = {"training": [(step["step"], step["loss"]) for step in steps], "held out": held_out}
-        drawn["Loss"] = plots.curves(losses, "step", "nats per token")
-        drawn["Learning rate"] = plots.curves({"": [(step["step"], step["learning_rate"]) for step in steps]}, "step", "")
-    if rates:
-        drawn["Speed"] = plots.curves({"": rates}, "step", "tokens/s")
-    if memory:
-        drawn["Memory"] = plots.curves({"": memory}, "step", "GiB")
+    curves: dict[str, tuple[dict[str, plots.Points], str]] = {
+        "Loss": ({"training": _logged(steps, "loss"), "held out": _logged(steps, "held_out_loss")}, "nats per token"),
+        "Learning rate": ({"": _logged(steps, "learning_rate")}, ""),
+        "Speed": ({"": speeds(steps)}, "tokens/s"),
+        "Memory": ({"": _logged(steps, "memory_gib")}, "GiB"),
+    }
+    drawn = {title: plots.curves(series, "step", up) for title, (series, up) in curves.items() if any(series.values())}
     if results.lengths:
         limit = recipe.tokenize.max_tokens
         drawn["Length of the training rows"] = plots.histogram(results.lengths, "tokens", "rows", limit=limit)
     return {title: Markup(svg.replace(plots.GREY, "currentColor")) for title, svg in drawn.items()}
+
+
+def _logged(steps: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    """(step, figure) of the steps where the log has a number for it."""
+    return [(step["step"], step[name]) for step in steps if step.get(name) is not None and math.isfinite(step[name])]
 
 
 def speeds(steps: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
@@ -159,7 +160,7 @@ def speeds(steps: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
     >>> speeds([{"step": 1, "tokens": 90, "seconds": 1.0}, {"step": 2, "tokens": 100, "seconds": 3.0}])
     [(2, 50.0)]
     """
-    timed = [step for step in steps if step.get("seconds") is not None]
+    timed = [step for step in steps if math.isfinite(step.get("seconds", math.nan))]
     every = max(1, len(timed) // RATE_POINTS)
     points: list[tuple[float, float]] = []
     last, tokens = 0, 0

@@ -112,4 +112,4 @@ def _svg(draw: Any, across: str, up: str) -> str:
         return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-__all__ = ["GREY", "bins", "curves", "histogram", "thinned"]
+__all__ = ["GREY", "Points", "bins", "curves", "histogram", "thinned"]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flows.page import choose_answers, comparison, facts, funnel, render, settings, speeds, write_report
+from flows.page import choose_answers, comparison, drawings, facts, funnel, render, settings, speeds, write_report
 from flows.recipes import load_recipe
 from flows.results import Results
 from tasks import runs
@@ -83,9 +85,14 @@ def test_the_page_needs_no_network_and_runs_no_script(run: runs.Run) -> None:
 
 
 def test_a_verdict_comes_first(run: runs.Run) -> None:
-    verdict = {"promoted": False, "reasons": ["the interval holds <zero>"], "against": None}
+    verdict = {"promoted": False, "reasons": ["the interval holds <zero>"], "against": ["base", "saved-model/ab"]}
     text = render(facts(run, RECIPE, saved_model()) | {"verdict": verdict})
-    assert text.index("Not promoted") < text.index("the interval holds &lt;zero&gt;") < text.index("Base against tuned")
+    assert (
+        text.index("Not promoted")
+        < text.index("against base, saved-model/ab")
+        < text.index("holds &lt;zero&gt;")
+        < text.index("Base against tuned")
+    )
 
 
 def test_a_run_that_measured_and_trained_nothing_has_a_page_too(home: Path) -> None:
@@ -143,9 +150,15 @@ def test_a_clock_that_began_anew_makes_no_negative_speed() -> None:
     assert speeds(steps) == [(2, 100.0), (4, 100.0)]
 
 
-def test_the_funnel_narrows_to_what_was_trained_on(run: runs.Run) -> None:
-    from dataclasses import asdict
+def test_what_was_not_a_number_is_not_drawn(home: Path) -> None:
+    steps = [{"step": 1, "loss": 2.0, "learning_rate": 0.1, "tokens": 5, "seconds": math.nan, "memory_gib": math.nan}] * 3
+    with runs.run_record("demo", {}) as run:
+        log = artifact_of("log", {"train_log.jsonl": "\n".join(map(json.dumps, steps))})
+        note(run, "finetune", Adapter(data=artifact_of("adapter", {"w": "w"}), log=log), log)
+        assert list(drawings(Results(asdict(run)), RECIPE)) == ["Loss", "Learning rate"]
 
+
+def test_the_funnel_narrows_to_what_was_trained_on(run: runs.Run) -> None:
     counts = [count for _, count, _ in funnel(Results(asdict(run)))]
     assert counts == [100, 60, 40, 20]
 
