@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -35,6 +36,12 @@ def test_first_run_makes_every_stage_and_the_model(finished: Tiny) -> None:
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= {
         f.name for f in model.iterdir()
     }
+
+
+def test_a_run_names_its_report(tiny: Tiny) -> None:
+    told = json.loads(tiny.run().stdout.splitlines()[-1])
+    assert told["report"] == str(tiny.home / "models" / "tiny" / "report.html")
+    assert "Length of the training rows" in Path(told["report"]).read_text()
 
 
 def test_second_run_is_all_cached(tiny: Tiny) -> None:
