@@ -122,9 +122,11 @@ def card(readme: str, how: str) -> str:
 
 def _merged(saved: Saved, base: Model, draft: Path) -> Difference:
     from tasks.backends import merging
+    from tasks.backends.loading import is_quantized
 
     merged = merging.merge(saved.path, base, sixteen_bits(saved))
-    merged.model.save_pretrained(draft)
+    # transformers 5.17 can't undo the conversions that loading four bits took; the weights are back in their own format
+    merged.model.save_pretrained(draft, save_original_format=not is_quantized(Path(base.path)))
     _copy(saved.path, draft, (*TOKENIZER, *TOLD))
     _write_card(saved, draft, Format.MERGED)
     return merging.check_loaded(merged, draft, base)

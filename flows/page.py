@@ -98,7 +98,7 @@ def facts(run: Run, recipe: Recipe, saved: SavedModel) -> dict[str, Any]:
         "answers": choose_answers(results.generations, results.metrics.get("per_row", [])),
         "funnel": funnel(results),
         "stages": [{**entry, "made_in": results.seconds(entry)} for entry in results.stages],
-        "digests": {"saved model": saved.data.digest, "adapter": lineage.get("adapter"), **lineage.get("base_model", {})},
+        "digests": _digests(saved, lineage),
         "config": settings(recipe),
         "environment": {**lineage.get("versions", {}), **_plain(results.resolved)},
     }
@@ -228,6 +228,13 @@ def settings(recipe: Recipe) -> list[tuple[str, Any, Any, bool]]:
     own, default = flat(recipe.model_dump(mode="json")), flat(load_recipe("default").model_dump(mode="json"))
     rows = [(key, own.get(key), default.get(key), own.get(key) != default.get(key)) for key in {**own, **default}]
     return sorted(rows, key=lambda row: not row[3])
+
+
+def _digests(saved: SavedModel, lineage: Mapping[str, Any]) -> dict[str, str]:
+    base = lineage.get("base_model", {})
+    found = {"base model": base.get("name"), "base model's digest": base.get("digest"), "tokenizer": base.get("tokenizer")}
+    told = {"saved model": saved.data.digest, "adapter": lineage.get("adapter"), **found}
+    return {name: digest for name, digest in told.items() if digest}
 
 
 def _plain(resolved: Mapping[str, Any]) -> dict[str, Any]:

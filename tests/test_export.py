@@ -67,6 +67,23 @@ def test_merged_and_gguf_say_the_same_and_nearly_what_the_adapter_says(saved: Sa
     assert 0 < difference.max_logit < 0.1
 
 
+@pytest.mark.parametrize("how", list(Format))
+def test_a_base_that_is_stored_in_four_bits_is_widened(how: Format, tmp_path: Path) -> None:
+    from transformers import BitsAndBytesConfig
+
+    plain = make_tiny_model(tmp_path / "plain", hidden=64)
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+    base = tmp_path / "nf4"
+    load(plain, quantization_config=four_bits).save_pretrained(base)
+    for file in [*plain.glob("tokenizer*"), plain / "special_tokens_map.json"]:
+        (base / file.name).write_bytes(file.read_bytes())
+    save_tuned(base, make_tiny_adapter(plain, tmp_path / "adapter"))
+    difference = export(find_saved("demo"), how, tmp_path / "out")
+    assert difference.kl < 1e-3
+    if how is Format.MERGED:
+        assert "quantization_config" not in read_json(tmp_path / "out" / "config.json")
+
+
 def test_a_gguf_carries_the_tokenizer_and_its_chat_template(saved: Saved, tmp_path: Path) -> None:
     from gguf import GGUFReader
     from transformers import AutoTokenizer

@@ -89,19 +89,18 @@ def check_loaded(merged: Merged, directory: Path, base: Model, *, gguf: str | No
 
 
 def check_adapter(wanted: Path, got: Path, base: Model, dtype: str) -> Difference:
-    """Load a copy of an adapter beside the adapter and compare.
+    """Load an adapter and its copy, each on a base model of its own, and compare.
 
     Raises:
         PipelineError: when they differ at all.
     """
     from peft import PeftModel
 
-    loaded = load_base(Path(base.path), dtype, load_in_4bit=False, device="cpu")
-    model = PeftModel.from_pretrained(loaded, str(wanted), torch_device="cpu").eval()
-    said = logits(model, base)
-    model.load_adapter(str(got), adapter_name="copy", torch_device="cpu")
-    model.set_adapter("copy")
-    difference = compare_logits(said, logits(model, base))
+    def said(adapter: Path) -> Any:
+        loaded = load_base(Path(base.path), dtype, load_in_4bit=False, device="cpu")
+        return logits(PeftModel.from_pretrained(loaded, str(adapter), torch_device="cpu").eval(), base)
+
+    difference = compare_logits(said(wanted), said(got))
     if difference.max_logit != 0:
         raise PipelineError(
             f"export {got}: the copy does not answer as the adapter: logits differ by {difference.max_logit:.3g}."
