@@ -8,14 +8,16 @@ from typing import cast
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from flows.artifacts import show_model, show_verdict, shown
+from flows.artifacts import show_model, show_report, show_verdict, shown
 from flows.child import ChildError
 from flows.deployed import supervised
 from flows.names import name_run
+from flows.page import write_report
 from flows.pipeline import pipeline
 from flows.promote import promote
 from flows.recipes import build_recipe
 from flows.shards import task_runner
+from flows.tracking import check_tracking, track
 from tasks import runs
 from tasks.config import Recipe
 from tasks.refs import SavedModel
@@ -33,12 +35,16 @@ def amazon_ft(config: Recipe, overrides: tuple[str, ...] = (), until: str | None
         until: the stage to end with; None for all.
     """
     recipe = build_recipe(config.model_dump(mode="json"), overrides)
+    check_tracking(recipe.tracking)
     record = runs.run_record(recipe.name, recipe.model_dump(mode="json"))
     try:
         with supervised(), record, ending_with(until), shown(recipe), suppress(StageReached):
             saved = pipeline(recipe)
             show_model(publish_link(saved, recipe.name))
             show_verdict(promote(saved, recipe))
+            page = write_report(recipe, saved)
+            show_report(page)
+            track(recipe, saved, page)
             return saved
     except ChildError as end:
         state = State(type=end.state.type, name=end.state.name, message=str(end))

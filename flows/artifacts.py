@@ -6,7 +6,6 @@ few seconds at most.
 
 from __future__ import annotations
 
-import json
 import logging
 import queue
 import socket
@@ -22,6 +21,7 @@ from pydantic import BaseModel
 
 from flows.deployed import flow_run_id
 from flows.names import run_tags
+from flows.results import marked_rows, read_json, read_lines, row_lengths
 from tasks import report
 from tasks.backends import Report
 from tasks.backends.progress import listening
@@ -176,6 +176,13 @@ def show_verdict(verdict: Verdict) -> None:
         board.show("verdict", told, lambda: report.verdict(told, verdict.reasons, verdict.against))
 
 
+def show_report(path: Path | None) -> None:
+    """A link to the run's report, if it could be written."""
+    board = current_board()
+    if board is not None and path is not None:
+        board.show("report", "everything about this run on one page", path.as_uri, kind="link")
+
+
 def _tag(client: SyncPrefectClient, run: UUID, tags: list[str]) -> None:
     client.update_flow_run(run, tags=sorted({*client.read_flow_run(run).tags, *tags}))
 
@@ -201,31 +208,11 @@ def _source(source: Source, products: Products) -> str:
 
 
 def _rows(tokens: Artifact, tokenizer: Tokenizer) -> str:
-    from tokenizers import Tokenizer as Backend
-
-    backend = Backend.from_file(str(Path(tokenizer.path) / "tokenizer.json"))
-    rows = _read(tokens, "input_ids", "labels", rows=SHOWN_ROWS)
-    parts = [report.pieces(row["input_ids"], row["labels"]) for row in rows]
-    return report.marked_rows(
-        [[(backend.decode(ids, skip_special_tokens=False), trained) for ids, trained in row] for row in parts]
-    )
+    return report.marked_rows(marked_rows(tokens, Path(tokenizer.path), SHOWN_ROWS))
 
 
 def _lengths(tokens: Split, limit: int) -> str:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    with pa.memory_map(str(tokens.train / "tokens.arrow")) as source, pa.ipc.open_stream(source) as reader:
-        lengths = [length for batch in reader for length in pc.list_value_length(batch["input_ids"]).to_pylist()]
-    return report.token_lengths(lengths, limit, tokens.counts)
-
-
-def _read(tokens: Artifact, *columns: str, rows: int) -> list[dict[str, Any]]:
-    import pyarrow as pa
-
-    with pa.memory_map(str(tokens / "tokens.arrow")) as source, pa.ipc.open_stream(source) as reader:
-        first = next(iter(reader), None)
-        return first.select(columns).slice(0, rows).to_pylist() if first is not None else []
+    return report.token_lengths(row_lengths(tokens.train), limit, tokens.counts)
 
 
 def _training(points: list[tuple[int, float]], now: Report) -> str:
@@ -241,17 +228,15 @@ def _training(points: list[tuple[int, float]], now: Report) -> str:
 
 
 def _trained(adapter: Adapter) -> str:
-    steps = [json.loads(line) for line in (adapter.log / "train_log.jsonl").read_text().splitlines()]
-    resolved = json.loads((adapter.log / "resolved.json").read_text())
+    steps, resolved = read_lines(adapter.log / "train_log.jsonl"), read_json(adapter.log / "resolved.json")
     chosen = {name: resolved.get(name) for name in ("device_name", "dtype", "optimizer", "gradient_checkpointing", "peak_gib")}
     figures = {name.replace("_", " "): value for name, value in (adapter.summary | chosen).items() if value is not None}
     return report.training([(step["step"], step["loss"]) for step in steps], figures)
 
 
 def _evaluation(value: Evaluation) -> str:
-    metrics = json.loads((value.data / "metrics.json").read_text())
-    lines = (value.data / "generations.jsonl").read_text().splitlines()
-    return report.evaluation(comparison(metrics), [json.loads(line) for line in lines[:SHOWN_ANSWERS]])
+    metrics, said = read_json(value.data / "metrics.json"), read_lines(value.data / "generations.jsonl")
+    return report.evaluation(comparison(metrics), said[:SHOWN_ANSWERS])
 
 
-__all__ = ["Board", "LiveTraining", "Queue", "current_board", "show_model", "show_verdict", "shown"]
+__all__ = ["Board", "LiveTraining", "Queue", "current_board", "show_model", "show_report", "show_verdict", "shown"]

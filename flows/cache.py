@@ -23,7 +23,7 @@ class Entry:
     """An artifact or a work directory, and the runs that refer to it."""
 
     kind: str
-    """Of an artifact; `work` for checkpoints."""
+    """Of an artifact; `work` for checkpoints, `served` for what `amazon-ft serve` merged."""
     path: str
     size_bytes: int
     runs: list[str] = field(default_factory=list[str])
@@ -36,6 +36,7 @@ def inventory() -> list[Entry]:
         Entry(path.parent.name, str(path.relative_to(home())), _size(path), _referring(past, path)) for path in _artifacts()
     ]
     entries += [Entry("work", str(path.relative_to(home())), _size(path), _working(past, path)) for path in _work()]
+    entries += [Entry("served", str(path.relative_to(home())), _size(path)) for path in _children("served")]
     return sorted(entries, key=lambda entry: -entry.size_bytes)
 
 
@@ -108,13 +109,15 @@ def _unreferenced(kept: list[dict[str, Any]]) -> Iterator[Path]:
 
 
 def _leftovers() -> Iterator[Path]:
-    """Drafts and half-written files whose writer is gone, links to nothing, and an earlier sweep's trash."""
+    """Drafts and half-written files whose writer is gone, links to nothing, an earlier sweep's trash, and merged copies of
+    models, which `amazon-ft serve` makes anew; a server that has one open keeps it until it ends.
+    """
     for path in [*_children("drafts"), *(home() / "runs").glob("*.lock")]:
         if not locks.is_locked(path.with_suffix(".lock")):
             yield path
     yield from (path for folder in ("runs", "records") for path in _children(folder) if path.name.startswith("."))
     yield from (path for path in (home() / "models").glob("*/*") if path.is_symlink() and not path.exists())
-    yield from _children("trash")
+    yield from (path for folder in ("served", "trash") for path in _children(folder))
 
 
 def _drop_records(kept: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The command line: amazon-ft run | plan | cache | up | worker | deploy | doctor | bench."""
+"""The command line; the commands for what runs left are in flows/after.py."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from flows import show
+from flows.after import app as after_app
 from flows.bench import app as bench_app
 from flows.deploy import PoolType
 from flows.recipes import load_recipe
@@ -29,6 +30,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 cache_app = typer.Typer(no_args_is_help=True, help="What lies under AMAZON_FT_HOME, and what may go.")
 app.add_typer(cache_app, name="cache")
 app.add_typer(bench_app, name="bench")
+app.add_typer(after_app)
 
 err = Console(stderr=True)
 

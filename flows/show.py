@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from flows.page import report_path
 from tasks.catalogue import count_right
 from tasks.refs import SavedModel, home
 from tasks.runs import Run
@@ -65,6 +66,8 @@ def outcome(record: Run, recipe: Recipe, saved: SavedModel | None, console: Cons
         verdict(record.verdict, console)
     if saved is not None:
         console.print(f"model: {link(recipe, saved)}", soft_wrap=True, highlight=False)
+    if saved is not None and (page := report_path(recipe.name)).is_file():
+        console.print(f"report: {page}", soft_wrap=True, highlight=False)
 
 
 def comparison(numbers: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -127,6 +130,7 @@ def summary(record: Run, recipe: Recipe, saved: SavedModel | None) -> dict[str, 
         "metrics": _finite(metrics(record.stages, recipe)),
         "verdict": record.verdict,
         "artifact": link(recipe, saved) if saved else None,
+        "report": str(page) if saved and (page := report_path(recipe.name)).is_file() else None,
     }
 
 

@@ -277,6 +277,17 @@ class CacheConfig(Section):
     """`full`: the bytes match their digest; `size`: the files are there with their sizes (marked in the report)."""
 
 
+class TrackingConfig(Section):
+    """Which experiment tracker hears of a run, at its end; never part of a stage's identity."""
+
+    report_to: Literal["none", "mlflow", "tensorboard", "trackio", "wandb"] = aside("none")
+    """Each but `none` needs its library: the extra of that name."""
+    project: NonEmpty = aside("amazon-ft")
+    """What the runs are listed under: mlflow's experiment, the project of trackio and wandb."""
+    uri: NonEmpty | None = aside(None)
+    """mlflow: its tracking URI; tensorboard: a directory. Null for a place under AMAZON_FT_HOME/tracking."""
+
+
 class Recipe(Section):
     """A whole run: which data, which model, which training."""
 
@@ -298,6 +309,7 @@ class Recipe(Section):
     save: SaveConfig = SaveConfig()
     promote: PromoteConfig = PromoteConfig()
     cache: CacheConfig = CacheConfig()
+    tracking: TrackingConfig = aside(TrackingConfig())
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:

@@ -1,4 +1,4 @@
-"""Numbers to markdown: tables, plots as SVG images inside it. Pure; what the Prefect UI shows of a run is made here.
+"""Numbers to markdown: tables, plots as images inside it. Pure; what the Prefect UI shows of a run is made here.
 
 Every function returns markdown that stands alone. Plots are data URIs, which the UI shows without fetching anything.
 """
@@ -12,12 +12,8 @@ from pathlib import PurePosixPath as Path
 from textwrap import wrap
 from typing import Any
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 260, 64, 36, 16
-"""Of a plot, in pixels; the last three are its margins."""
-BLUE, GREY = "#2563eb", "#8a8f98"
-BINS = 24
-POINTS = 400
-"""That a curve is drawn through, about; more would only make the page slow."""
+from tasks import plots
+
 LINE = 110
 """Characters of a line that the UI shows without scrolling."""
 
@@ -103,8 +99,8 @@ def token_lengths(lengths: Sequence[int], limit: int, counts: Mapping[str, float
         "longest": order[-1],
         "limit": limit,
     }
-    rows = [(name, _number(value)) for name, value in (figures | dict(counts)).items()]
-    plot = bars(_histogram(order), "tokens in a row", "rows")
+    rows = [(name, number(value)) for name, value in (figures | dict(counts)).items()]
+    plot = _image("rows by tokens in a row", plots.histogram(order, "tokens in a row", "rows", limit=limit))
     return f"# Token lengths\n\n{plot}\n\n{table(['training rows', ''], rows, numbers=[1])}\n"
 
 
@@ -115,7 +111,7 @@ def training(points: Sequence[tuple[int, float]], figures: Mapping[str, object])
         points: (step, mean loss).
         figures: what to list below the curve.
     """
-    listed = table(["training", ""], [(name, _number(value)) for name, value in figures.items()], numbers=[1])
+    listed = table(["training", ""], [(name, number(value)) for name, value in figures.items()], numbers=[1])
     return f"# Training\n\n{curve(points, 'step', 'loss')}\n\n{listed}\n"
 
 
@@ -170,76 +166,17 @@ def verdict(told: str, reasons: Sequence[str], against: Sequence[str]) -> str:
 
 def curve(points: Sequence[tuple[int, float]], across: str, up: str) -> str:
     """A line through the points; a note while there are none."""
-    if not points:
-        return "No step was logged yet."
-    points = [*points[:: max(1, len(points) // POINTS)], points[-1]]
-    high, low = max(value for _, value in points), min(0.0, *(value for _, value in points))
-    first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
-    spots = [(_x((step - first) / (last - first)), _y((value - low) / (high - low or 1))) for step, value in points]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{BLUE}"/>' for x, y in spots) if len(spots) < 40 else ""
-    line = f'<polyline fill="none" stroke="{BLUE}" stroke-width="2" points="{path}"/>{dots}'
-    return _image(up, _frame(line, (first, last), (low, high), across, up))
-
-
-def bars(bins: Sequence[tuple[float, float, int]], across: str, up: str) -> str:
-    """A bar for each (from, to, count)."""
-    high = max(count for _, _, count in bins)
-    start, end = bins[0][0], bins[-1][1]
-    drawn: list[str] = []
-    for left, right, count in bins:
-        x, width = _x((left - start) / (end - start or 1)), (right - left) / (end - start or 1) * (WIDTH - LEFT - 16)
-        y = _y(count / high)
-        height = HEIGHT - BOTTOM - y
-        drawn.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(1, width - 1):.1f}" height="{height:.1f}" fill="{BLUE}"/>')
-    return _image(f"{up} by {across}", _frame("".join(drawn), (start, end), (0, high), across, up))
-
-
-def _histogram(order: Sequence[int]) -> list[tuple[float, float, int]]:
-    """At most BINS equal bins over sorted numbers."""
-    width = max(1, -(-(order[-1] - order[0] + 1) // BINS))
-    counts = dict.fromkeys(range(order[0], order[-1] + 1, width), 0)
-    for length in order:
-        counts[order[0] + (length - order[0]) // width * width] += 1
-    return [(start, start + width, count) for start, count in counts.items()]
-
-
-def _x(share: float) -> float:
-    return LEFT + share * (WIDTH - LEFT - 16)
-
-
-def _y(share: float) -> float:
-    return HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP)
-
-
-def _frame(drawing: str, across: tuple[float, float], up: tuple[float, float], x_name: str, y_name: str) -> str:
-    """The drawing with axes, their ends and their names."""
-    base = HEIGHT - BOTTOM
-    texts = [
-        (LEFT, base + 16, "start", _number(across[0])),
-        (WIDTH - 16, base + 16, "end", _number(across[1])),
-        ((LEFT + WIDTH - 16) / 2, base + 30, "middle", x_name),
-        (LEFT - 6, base, "end", _number(up[0])),
-        (LEFT - 6, TOP + 8, "end", _number(up[1])),
-        (LEFT - 6, (base + TOP) / 2, "end", y_name),
-    ]
-    written = "".join(f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{text}</text>' for x, y, anchor, text in texts)
-    axes = f'<path d="M{LEFT} {TOP}V{base}H{WIDTH - 16}" fill="none" stroke="{GREY}"/>'
-    style = f'font-family="sans-serif" font-size="12" fill="{GREY}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}">'
-        f"<g {style}>{axes}{written}</g>{drawing}</svg>"
-    )
+    return _image(up, plots.curves({up: points}, across, up)) if points else "No step was logged yet."
 
 
 def _image(alt: str, svg: str) -> str:
     return f"![{alt}](data:image/svg+xml;base64,{b64encode(svg.encode()).decode()})"
 
 
-def _number(value: object) -> str:
+def number(value: object) -> str:
     """A number as short as it can be read.
 
-    >>> _number(12345), _number(0.000012), _number(2.5), _number("cpu")
+    >>> number(12345), number(0.000012), number(2.5), number("cpu")
     ('12,345', '1.2e-05', '2.5', 'cpu')
     """
     if isinstance(value, float):
@@ -265,11 +202,11 @@ def _cell(value: object) -> str:
 
 
 __all__ = [
-    "bars",
     "curve",
     "evaluation",
     "lineage",
     "marked_rows",
+    "number",
     "output",
     "pieces",
     "source_profile",

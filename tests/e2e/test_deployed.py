@@ -97,6 +97,7 @@ def test_artifacts_of_both_runs_are_readable(served: Served, finished_run: str) 
     assert data["verdict"].startswith("# Verdict: ")
     assert str(served.home / "models" / "demo" / "unsloth_model_optimized") in data["model"]
     assert shown["demo-model-link"]["type"] == "link"
+    assert shown["demo-report"]["data"] == (served.home / "models" / "demo" / "report.html").as_uri()
     training = served.artifacts(served.child(finished_run)["id"])
     assert training["demo-training-progress"]["type"] == "progress"
     assert training["demo-training-progress"]["data"] == 100

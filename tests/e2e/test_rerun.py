@@ -43,13 +43,15 @@ def test_first_run_makes_every_stage_and_the_model(finished: Tiny) -> None:
     }
 
 
-def test_second_run_is_all_cached_and_judged_again(tiny: Tiny) -> None:
+def test_second_run_is_all_cached_judged_again_and_reported(tiny: Tiny) -> None:
     told = json.loads(tiny.run().stdout.splitlines()[-1])
     assert not_cached({stage["name"]: stage for stage in told["stages"]}) == []
     newest = max((tiny.home / "runs").glob("*.json"), key=lambda path: json.loads(path.read_text())["started"])
     assert told["verdict"] == json.loads(newest.read_text())["verdict"]
     assert told["verdict"]["against"] == ["base"]
     assert told["verdict"]["promoted"] == (tiny.home / "models" / "tiny" / "promoted").is_symlink()
+    assert told["report"] == str(tiny.home / "models" / "tiny" / "report.html")
+    assert "Length of the training rows" in Path(told["report"]).read_text()
 
 
 @pytest.mark.parametrize(
