@@ -265,7 +265,7 @@ class PromoteConfig(Section):
 
     enabled: bool = True
     """False: the verdict is given, and nothing is promoted."""
-    margin: float = Field(default=0.01, ge=0)
+    margin: float = Field(default=0.05, ge=0)
     """How much less the tuned model must lose than the base model, and than the model promoted before, in nats per token;
     the 95 % interval of the difference must be below zero too."""
 

@@ -68,8 +68,9 @@ def make_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
 
 
 def settings() -> dict[str, Any]:
-    """TrainingArguments of this backend: no autocast, for packed.py casts where it must."""
-    return {"bf16": False, "fp16": False, "remove_unused_columns": False, "gradient_checkpointing": False}
+    """TrainingArguments of this backend: no autocast, for packed.py casts where it must, and no waiting for each loss."""
+    plain = {"bf16": False, "fp16": False, "remove_unused_columns": False, "gradient_checkpointing": False}
+    return plain | {"logging_nan_inf_filter": False}
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,6 @@ def sft_arguments(job: Job) -> dict[str, Any]:
         "use_cpu": resolved.device == "cpu",
         "seed": config.seed,
         "logging_steps": config.logging_steps,
-        "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": config.save_steps,
         "dataset_kwargs": {"skip_prepare_dataset": True},
