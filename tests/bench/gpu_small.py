@@ -115,6 +115,7 @@ def train_arm(session: Session, model: Path, arm: str, data: dict[str, Any], see
     work = session.work / "arms" / f"{arm}-{seed}"
     work.mkdir(parents=True, exist_ok=True)
     request = {"arm": arm, "model": str(model), "tokens": data["tokens"], "seed": seed, "steps": steps, "device": session.device}
+    request |= {"settings": ["model.dtype=float32"] if session.rehearse else []}
     (work / "request.json").write_text(json.dumps(request))
     command = [sys.executable, "-m", "tests.bench.gpu_small", str(work / "request.json")]
     log = work / "log"
@@ -139,19 +140,18 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
         f"finetune.seed={request['seed']}",
         f"finetune.lora.random_state={request['seed']}",
         f"finetune.save_steps={-(-request['steps'] // 10) * 10}",
+        *request.get("settings", ()),
     ]
     recipe = load_recipe(request["arm"], settings)
-    weights = recipe.model.weights
-    if request["device"] == "cpu":
-        weights = weights.model_copy(update={"dtype": "float32"})
     adapter = finetune.execute(
         {
             "model": directory_model(Path(request["model"]), name="SmolLM2-135M-Instruct"),
             "batches": Artifact(**request["tokens"]),
             "config": recipe.finetune,
-            "weights": weights,
+            "weights": recipe.model.weights,
             "max_tokens": recipe.tokenize.max_tokens,
             "device": request["device"],
+            "held_out": None,
         }
     )
     return {"path": str(adapter.data.path), "summary": adapter.summary}
@@ -163,12 +163,15 @@ def judge(session: Session, model: Path, arms: dict[str, Any], adapters: dict[tu
     told: dict[str, Any] = {"products": len(answers)}
     for arm in ARMS:
         runs = [adapters[place] | {"seed": place[1]} for place in adapters if place[0] == arm]
-        told[arm] = [score_run(session, model, arms[arm]["asked"], answers, run) for run in runs]
+        told[arm] = [
+            score_run(model, arms[arm]["asked"], answers, run, device=session.device, load_in_4bit=not session.rehearse)
+            for run in runs
+        ]
     return told
 
 
 def score_run(
-    session: Session, model: Path, asked: list[dict[str, str]], answers: dict[str, str], run: dict[str, Any]
+    model: Path, asked: list[dict[str, str]], answers: dict[str, str], run: dict[str, Any], *, device: str, load_in_4bit: bool
 ) -> dict[str, Any]:
     """Base and tuned model on the answers of all products that both arms have."""
     from tasks.backends.hardware import resolve_dtype
@@ -184,9 +187,9 @@ def score_run(
     request = Request(
         model=reference,
         adapter=None,
-        dtype=resolve_dtype("auto", session.device),
-        load_in_4bit=not session.rehearse,
-        device=session.device,
+        dtype=resolve_dtype("auto", device),
+        load_in_4bit=load_in_4bit,
+        device=device,
         input_ids=tuple((*prompt, *answer)[:2048] for prompt, answer in zip(prompts, said, strict=True)),
         labels=tuple(((-100,) * len(prompt) + tuple(answer))[:2048] for prompt, answer in zip(prompts, said, strict=True)),
         prompts=tuple(one["prompt"] for one in asked),
