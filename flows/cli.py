@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="From a product file to a fine-tuned language model.",
+)
 cache_app = typer.Typer(no_args_is_help=True, help="What lies under AMAZON_FT_HOME, and what may go.")
 app.add_typer(cache_app, name="cache")
 app.add_typer(bench_app, name="bench")
@@ -37,7 +42,7 @@ err = Console(stderr=True)
 RecipeName = Annotated[str, typer.Argument(metavar="[RECIPE|FILE]", help="A shipped recipe or a .yaml file.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value; may be repeated.")]
 AsJson = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show stack traces and Prefect's own log.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show stack traces, and of a run Prefect's own log.")]
 
 
 class StageName(StrEnum):
@@ -53,6 +58,12 @@ class StageName(StrEnum):
     BASELINE = "baseline"
     EVALUATE = "evaluate"
     SAVE = "save"
+
+
+@app.callback()
+def any_command(debug: Debug = False) -> None:
+    """Options of every command."""
+    del debug  # _fail looks for it, wherever it stands
 
 
 @app.command()
@@ -203,7 +214,9 @@ def main() -> None:
         _fail(error, str(error), WRONG_INPUT if isinstance(error, (ConfigError, InputError)) else FAILED)
     except Exception as error:
         _fail(
-            error, f"{type(error).__name__}: {error}\nThis is not your doing: run again with --debug for the stack trace.", FAILED
+            error,
+            f"{type(error).__name__}: {error}\nThis is not your doing: run amazon-ft --debug ... for the stack trace.",
+            FAILED,
         )
 
 

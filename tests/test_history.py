@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from flows import cli
 from flows.cli import app
 from flows.history import compare, find_run, first_difference, listing
 from tasks import runs
@@ -86,3 +88,13 @@ def test_runs_are_listed_newest_first_with_how_they_ended() -> None:
             ("a", "completed", 0.5),
         ]
     assert "completed" in CliRunner().invoke(app, ["runs"]).output
+
+
+@pytest.mark.parametrize("options", [[], ["--debug"]])
+def test_a_mistake_is_one_message_unless_its_stack_is_asked_for(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["amazon-ft", *options, "compare", "nowhere", "last"])
+    with pytest.raises(InputError if options else SystemExit):
+        cli.main()
+    assert ("run nowhere: got none" in capsys.readouterr().err) != bool(options)
