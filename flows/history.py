@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flows.page import FIGURES
 from flows.results import Results, flat
 from tasks import runs
+from tasks.card import FIGURES
 from tasks.locks import is_locked
 from tasks.refs import InputError, home
 

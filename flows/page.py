@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from flows.recipes import load_recipe
 from flows.results import Results, flat, read_json
 from tasks import plots
+from tasks.card import FIGURES
 from tasks.files import write_atomic
 from tasks.refs import Products, SavedModel, Split, home
 from tasks.report import number
@@ -30,20 +31,8 @@ logger = logging.getLogger(__name__)
 TEMPLATE = "page.html.j2"
 SHOWN_ROWS, SHOWN_ANSWERS = 2, 3
 RATE_POINTS = 60
-FIGURES = {
-    "nll": ("nats per answer token", "lower"),
-    "perplexity": ("perplexity", "lower"),
-    "rouge1": ("ROUGE-1", "higher"),
-    "rouge2": ("ROUGE-2", "higher"),
-    "rougeL": ("ROUGE-L", "higher"),
-    "bleu": ("BLEU", "higher"),
-    "chrf": ("chrF", "higher"),
-    "length_ratio": ("length, to the reference's", "nearer to 1"),
-    "repetition": ("repeated n-grams, share", "lower"),
-    "ends": ("answers that end, share", "higher"),
-    "copies_title": ("answers that copy the title, share", "lower"),
-}
-"""What metrics.json may hold of each model: {key: (name, which is better)}."""
+HIGHER = {"rouge1", "rouge2", "rougeL", "bleu", "chrf", "ends"}
+"""Figures of metrics.json that are better the higher they are; of the others all but length_ratio the lower."""
 
 
 def report_path(recipe_name: str) -> Path:
@@ -108,27 +97,36 @@ def comparison(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each figure that both models have, with its interval and whether the tuned one is better.
 
     >>> comparison({"base": {"nll": 2.5, "chrf": 9.0}, "tuned": {"nll": 0.5, "nll_low": 0.4, "nll_high": 0.6}})
-    [{'name': 'nats per answer token', 'better': 'lower', 'base': (2.5, None, None), 'tuned': (0.5, 0.4, 0.6), 'gained': True}]
+    [{'name': 'nats per token', 'better': 'lower', 'base': (2.5, None, None), 'tuned': (0.5, 0.4, 0.6), 'gained': True}]
     """
     base, tuned = metrics.get("base", {}), metrics.get("tuned", {})
     return [
         {
             "name": name,
-            "better": better,
+            "better": better(figure),
             **{key: tuple(model.get(f"{figure}{end}") for end in ("", "_low", "_high")) for key, model in _models(metrics)},
-            "gained": _cost(tuned[figure], better) < _cost(base[figure], better),
+            "gained": _cost(tuned[figure], better(figure)) < _cost(base[figure], better(figure)),
         }
-        for figure, (name, better) in FIGURES.items()
+        for figure, name in FIGURES.items()
         if base.get(figure) is not None and tuned.get(figure) is not None
     ]
+
+
+def better(figure: str) -> str:
+    """Which values of a figure are the better ones.
+
+    >>> better("nll"), better("chrf"), better("length_ratio")
+    ('lower', 'higher', 'nearer to 1')
+    """
+    return "nearer to 1" if figure == "length_ratio" else "higher" if figure in HIGHER else "lower"
 
 
 def _models(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(name, metrics[name]) for name in ("base", "tuned")]
 
 
-def _cost(value: float, better: str) -> float:
-    return {"lower": value, "higher": -value}.get(better, abs(value - 1))
+def _cost(value: float, way: str) -> float:
+    return {"lower": value, "higher": -value}.get(way, abs(value - 1))
 
 
 def drawings(results: Results, recipe: Recipe) -> dict[str, str]:

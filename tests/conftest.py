@@ -40,6 +40,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Directories of a tiny base model and of an adapter that changes what it says."""
+    from tests.tiny import make_tiny_model
+    from tests.tuned import make_tiny_adapter
+
+    base = make_tiny_model(tmp_path_factory.mktemp("base"))
+    return base, make_tiny_adapter(base, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture(scope="session")
 def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a real Prefect server, for this process and those it starts."""
     root = tmp_path_factory.mktemp("prefect")

@@ -13,14 +13,7 @@ from flows.recipes import load_recipe
 from flows.saved import find_saved
 from tasks.backends.asking import Asked, load_asked
 from tasks.refs import InputError
-from tests.tiny import make_tiny_model
-from tests.tuned import make_tiny_adapter, save_tuned
-
-
-@pytest.fixture(scope="session")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    base = make_tiny_model(tmp_path_factory.mktemp("ask-base"))
-    return base, make_tiny_adapter(base, tmp_path_factory.mktemp("ask-adapter"))
+from tests.tuned import save_tuned
 
 
 @pytest.fixture

@@ -24,12 +24,6 @@ from tests.tuned import make_tiny_adapter, save_tuned
 CHAT = [{"role": "user", "content": "Chaleira elétrica"}]
 
 
-@pytest.fixture(scope="session")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    base = make_tiny_model(tmp_path_factory.mktemp("export-base"))
-    return base, make_tiny_adapter(base, tmp_path_factory.mktemp("export-adapter"))
-
-
 @pytest.fixture
 def saved(tuned: tuple[Path, Path]) -> Saved:
     save_tuned(*tuned)

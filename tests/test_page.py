@@ -125,9 +125,9 @@ def test_better_goes_by_the_figure() -> None:
     base = {"nll": 1.0, "rouge1": 0.5, "length_ratio": 2.0}
     gained = comparison({"base": base, "tuned": {"nll": 0.5, "rouge1": 0.4, "length_ratio": 0.9}})
     assert [(row["name"].split(",")[0], row["gained"]) for row in gained] == [
-        ("nats per answer token", True),
+        ("nats per token", True),
         ("ROUGE-1", False),
-        ("length", True),
+        ("words", True),
     ]
 
 

@@ -16,40 +16,15 @@ from flows.recipes import load_recipe
 from tasks.card import model_card, snippet
 from tasks.config import SaveConfig
 from tasks.modeldir import directory_model
-from tasks.refs import Adapter, Artifact, Evaluation, InputError, Lineage, Model, SavedModel, StageRecord
+from tasks.refs import Adapter, Evaluation, InputError, Lineage, Model, SavedModel, StageRecord
 from tasks.save import publish_link, save, seeds
-from tasks.store import publish
-from tests.tiny import BOS, make_tiny_model
+from tests.tiny import BOS
+from tests.tuned import artifact_of
 
 TEMPLATE = "{{ bos_token }}{% for message in messages %}### {{ message['content'] }}\n{% endfor %}"
 TEXT = {"rouge1": 0.5, "rougeL": 0.25, "chrf": 31.5, "ends": 1.0}
 BASE = {"nll": 3.5, "nll_low": 3.25, "nll_high": 3.75, "perplexity": 33.1, **TEXT}
 METRICS = {"rows": 2, "base": BASE, "tuned": {**BASE, "nll": 0.25, "nll_low": 0.2, "nll_high": 0.3, "perplexity": 1.284}}
-
-
-@pytest.fixture(scope="session")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Directories of a tiny base model and of an adapter that changes what it says."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    base, adapter = make_tiny_model(tmp_path_factory.mktemp("base")), tmp_path_factory.mktemp("adapter")
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base),
-        LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
-    )
-    with torch.no_grad():
-        model.save_pretrained(adapter)
-    return base, adapter
-
-
-def artifact_of(kind: str, files: dict[str, str | bytes], rows: int = 1) -> Artifact:
-    with publish(kind) as draft:
-        for name, content in files.items():
-            (draft / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        draft.rows = rows
-    return draft.artifact
 
 
 @pytest.fixture

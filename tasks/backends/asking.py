@@ -56,21 +56,16 @@ def load_asked(adapter: Path, base: Model, weights: WeightsConfig) -> Asked:
     """A saved adapter on its base model, on the GPU if there is one; four bits only there."""
     import torch
     from peft import PeftModel
+    from transformers import GenerationConfig
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = resolve_dtype(weights.dtype, device)
     loaded = load_base(Path(base.path), dtype, load_in_4bit=weights.load_in_4bit and device == "cuda", device=device)
     model = PeftModel.from_pretrained(loaded, str(adapter), torch_device=device).eval()
     tokenizer = load_tokenizer(base)
-    model.generation_config = model.get_base_model().generation_config = _plain_generation()
+    plain: Any = GenerationConfig()  # the base model's own may sample, of which a greedy answer would be warned
+    model.generation_config = model.get_base_model().generation_config = plain
     return Asked(model, tokenizer, device)
-
-
-def _plain_generation() -> Any:
-    """Without the base model's own sampling settings, of which a greedy answer would be warned."""
-    from transformers import GenerationConfig
-
-    return GenerationConfig()
 
 
 def _streamer(tokenizer: Any, say: Callable[[str], None]) -> Any:

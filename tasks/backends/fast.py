@@ -69,8 +69,8 @@ def make_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
 
 def settings() -> dict[str, Any]:
     """TrainingArguments of this backend: no autocast, for packed.py casts where it must, and no waiting for each loss."""
-    plain = {"bf16": False, "fp16": False, "remove_unused_columns": False, "gradient_checkpointing": False}
-    return plain | {"logging_nan_inf_filter": False}
+    names = ("bf16", "fp16", "remove_unused_columns", "gradient_checkpointing", "logging_nan_inf_filter")
+    return dict.fromkeys(names, False)
 
 
 @dataclass(frozen=True)
