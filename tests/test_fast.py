@@ -28,13 +28,13 @@ from tasks.backends.packed import Collator, PackedLlama
 from tasks.backends.watch import read_log
 from tasks.config import FinetuneConfig, LoraSection, WeightsConfig
 from tasks.refs import Adapter, ConfigError, Model
+from tests.nearness import Rows, adapter_of, gradients, packed, relative, row_by_row
 from tests.test_finetune import interrupted, make_llama3_config, work_of
 from tests.tiny import make_tiny_model, tiny_reference, tiny_tokens
 from tests.train_tiny import train
 
 FAST = {"backend": "fast", "gradient_checkpointing": "none"}
 LORA = LoraSection(r=8, alpha=16)
-Rows = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -52,48 +52,16 @@ def tiny_llama(model: Model, dtype: torch.dtype, lora: LoraSection = LORA) -> An
     return wrapped
 
 
-def adapter_of(wrapped: Any) -> dict[str, Any]:
-    return {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
-
-
 def some_rows(lengths: list[int], seed: int = 0) -> Rows:
     random = torch.Generator().manual_seed(seed)
     drawn = [torch.randint(3, 400, (length,), generator=random).tolist() for length in lengths]
     return [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]} for ids in drawn]
 
 
-def gradients(wrapped: Any) -> dict[str, Tensor]:
-    return {name: parameter.grad for name, parameter in adapter_of(wrapped).items()}
-
-
 def reference(model: Model, rows: Rows) -> tuple[float, Tensor, dict[str, Tensor]]:
     """Loss, logits and gradients in float32 by transformers and PEFT, each row by itself."""
     wrapped = tiny_llama(model, torch.float32)
-    items, total, logits = sum(len(row["labels"]) - 2 for row in rows), 0.0, []
-    for row in rows:
-        found = wrapped(input_ids=torch.tensor([row["input_ids"]])).logits[0]
-        loss = functional.cross_entropy(found[:-1], torch.tensor(row["labels"][1:]), reduction="sum") / items
-        loss.backward()
-        total, logits = total + loss.item(), [*logits, found.detach()]
-    return total, torch.cat(logits), gradients(wrapped)
-
-
-def packed(
-    wrapped: Any, rows: Rows, *, kind: frozen.Kind = "plain", collate: Callable[..., Any] | None = None, **how: Any
-) -> Any:
-    """Loss and logits of all rows in one pack; the gradients are left in the wrapped model."""
-    llama = PackedLlama(wrapped, kind, longest=64, checkpointed=how.get("checkpointed", False), compiled=False)
-    batch = (collate or Collator())(rows)
-    loss = llama.loss(batch, (batch["shift_labels"] != -100).sum())
-    loss.backward()
-    with torch.no_grad():
-        return loss.item(), llama.logits(batch)[: sum(len(row["input_ids"]) for row in rows)]
-
-
-def relative(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """Norm of the difference over the norm, of all gradients together."""
-    missed = sum((got[name].float() - wanted[name]).square().sum() for name in wanted)
-    return float((missed / sum(grad.square().sum() for grad in wanted.values())) ** 0.5)
+    return *row_by_row(wrapped, rows), gradients(wrapped)
 
 
 ROWS = some_rows([20, 7, 33, 12, 26])

@@ -14,17 +14,14 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.bench.gpu_prepare import SMALL_ROWS, numbered, small_arm
-from tests.bench.gpu_small import mean_tokens, score_run
+from tests.bench.gpu_prepare import ARMS, SMALL_ROWS, numbered, small_arm
+from tests.bench.gpu_small import run_arm, score_run
 
-ARMS = ("as-written", "default", "fast")
 SIZES = [f"sample.rows={SMALL_ROWS}", "sample.eval_rows=10", "ingest.sources=unused"]
 CHANGED = {
     "as-written": ["finetune.gradient_accumulation=1"],
@@ -44,33 +41,18 @@ def settings_of(arm: str, device: str) -> list[str]:
 def prepare(arm: str, device: str, files: tuple[Path, Path], tokenizer: Any) -> dict[str, Any]:
     """An arm's training rows, tokens of a step, and the judged prompts and answers."""
     from flows.recipes import load_recipe
-    from tasks.pack import pack
-    from tasks.refs import Artifact
 
-    recipe = load_recipe(arm, [*SIZES, *settings_of(arm, device)])
-    data = small_arm(recipe, *files, tokenizer)
-    rows = Artifact(**data["tokens"])
-    a_row = mean_tokens(rows.path)
-    if recipe.pack is not None:
-        rows = pack.fn(rows, recipe.pack)
-        a_row = a_row * data["tokens"]["rows"] / rows.rows
-    tune = recipe.finetune
-    return {"rows": rows.model_dump(), "asked": data["asked"], "a_step": a_row * tune.batch_size * tune.gradient_accumulation}
+    return small_arm(load_recipe(arm, [*SIZES, *settings_of(arm, device)]), *files, tokenizer)
 
 
 def train_arm(model: Path, arm: str, data: dict[str, Any], seed: int, tokens: int, device: str) -> dict[str, Any]:
     """The stage finetune in a process of its own: the adapter and what it was trained on."""
-    steps = round(tokens / data["a_step"])
+    steps = round(tokens / data["tokens_of_a_step"])
     settings = [*settings_of(arm, device), f"finetune.warmup_steps={min(WARMUP_STEPS, steps)}"]
-    request = {"arm": arm, "model": str(model), "tokens": data["rows"], "seed": seed, "steps": steps, "device": device}
+    request = {"recipe": arm, "model": str(model), "rows": data["rows"], "seed": seed, "steps": steps, "device": device}
     file = Path(os.environ["AMAZON_FT_HOME"], f"request-{arm}-{seed}.json")
     file.write_text(json.dumps(request | {"settings": settings}))
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.gpu_small", str(file)], stdout=subprocess.PIPE, text=True, check=True
-    )
-    result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT "))
-    return result | {"seed": seed, "steps": steps, "seconds": round(time.monotonic() - began, 1)}
+    return run_arm(file, dict(os.environ)) | {"seed": seed, "steps": steps}
 
 
 def measure(shared: Path, tokens: int, seeds: list[int], device: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,26 +21,34 @@ if TYPE_CHECKING:
 DEPLOYED_STEPS = 100
 KILL_AT = 50
 KILLED_SAVE_STEPS = 20
+RECIPES = ("as-written", "default")
 DATA_STAGES = ("ingest", "sample", "sharegpt", "template", "tokenize")
 
 
-def as_written(session: Session, found: dict[str, Any]) -> None:
-    """as-written by `prefect deployment run`, its training killed and run again; its data stages come from the carried root."""
-    found["plan"] = planned(session, "as-written")
+def both_deployed(session: Session, found: dict[str, Any]) -> None:
+    """as-written, its training killed and run again, and default by `prefect deployment run`, from the carried root.
+
+    default starts when as-written trains: where there are two GPUs both train at once, each on a worker of its own.
+    """
+    found["plan"] = {recipe: planned(session, recipe) for recipe in RECIPES}
+    with served(session) as environment, ThreadPoolExecutor(1) as pool:
+        log, settings = session.work / "killed.log", killed_settings(session)
+        process = start(environment, "as-written", settings, log)
+        work = training_begun(session, process, log)
+        other = pool.submit(deployed, session, environment, "default", settings_of(session))
+        found["as-written"] = killed_and_run_again(session, environment, settings, process, work)
+        found["default"] = other.result()
+        found["default"].pop("records")
+        found["again"] = {recipe: served_again(session, environment, recipe) for recipe in RECIPES}
+
+
+def killed_settings(session: Session) -> list[str]:
+    """The overrides of the run whose training is killed: checkpoints often enough to go on from."""
     steps = 2 if session.rehearse else KILLED_SAVE_STEPS
-    saving = [f"finetune.save_steps={steps}", f"finetune.logging_steps={min(10, steps)}"]
-    with served(session) as environment:
-        found |= killed_and_run_again(session, environment, [*settings_of(session, "as-written"), *saving])
+    return [*settings_of(session), f"finetune.save_steps={steps}", f"finetune.logging_steps={min(10, steps)}"]
 
 
-def default(session: Session, found: dict[str, Any]) -> None:
-    """default by `prefect deployment run`, from the carried root."""
-    found["plan"] = planned(session, "default")
-    with served(session) as environment:
-        found |= deployed(session, environment, "default", settings_of(session, "default"))
-
-
-def settings_of(session: Session, recipe: str) -> list[str]:
+def settings_of(session: Session) -> list[str]:
     """The overrides of a deployment run."""
     rows = json.loads((session.home / "prepared.json").read_text())["rows"]
     steps = session.steps(DEPLOYED_STEPS)
@@ -57,7 +66,7 @@ def planned(session: Session, recipe: str) -> dict[str, str]:
     Raises:
         AssertionError: when a data stage would run.
     """
-    options = [word for setting in settings_of(session, recipe) for word in ("--set", setting)]
+    options = [word for setting in settings_of(session) for word in ("--set", setting)]
     command = [sys.executable, "-m", "flows.cli", "plan", recipe, "--json", *options]
     done = subprocess.run(command, env=session.environment("plan"), stdout=subprocess.PIPE, text=True, check=True)
     states = {step["name"]: step["state"] for step in json.loads(done.stdout)["stages"]}
@@ -107,7 +116,7 @@ def deployed(session: Session, environment: dict[str, str], recipe: str, setting
     code = start(environment, recipe, settings, log).wait()
     if code:
         raise RuntimeError(f"{recipe}: exit code {code}\n{log.read_text()[-3000:]}\n{logs_of(session)}")
-    parent, child = runs_since(session, begun)
+    parent, child = sorted(runs_since(session, begun, recipe), key=lambda record: "ingest" not in names_of(record))
     states = {entry["name"]: entry["state"] for entry in parent["stages"]}
     assert all(states[stage] == "cached" for stage in DATA_STAGES), states
     trained = {entry["name"]: entry for entry in child["stages"]}
@@ -122,28 +131,65 @@ def deployed(session: Session, environment: dict[str, str], recipe: str, setting
     }
 
 
-def killed_and_run_again(session: Session, environment: dict[str, str], settings: Sequence[str]) -> dict[str, Any]:
-    """as-written, its training killed by SIGKILL at a step, and run again: it goes on from its last checkpoint."""
-    log, at = session.work / "killed.log", KILL_AT if not session.rehearse else 4
-    process = start(environment, "as-written", settings, log)
-    while len(before := steps_of(newest_log(session))) < at:
+def training_begun(session: Session, process: subprocess.Popen[bytes], log: Path) -> Path:
+    """The work directory of the only training so far, as soon as there is one."""
+    while not (found := list((session.home / "work").glob("*/.lock"))):
         if process.poll() is not None:
-            raise RuntimeError(f"ended before step {at}: {log.read_text()[-3000:]}\n{logs_of(session)}")
+            raise RuntimeError(f"ended before it trained: {log.read_text()[-3000:]}\n{logs_of(session)}")
         time.sleep(0.05)
-    holder = newest_log(session).with_name(".lock").read_text()
+    return found[0].parent
+
+
+def killed_and_run_again(
+    session: Session, environment: dict[str, str], settings: Sequence[str], process: subprocess.Popen[bytes], work: Path
+) -> dict[str, Any]:
+    """as-written, its training killed by SIGKILL at a step, and run again: it goes on from its last checkpoint."""
+    at, log = KILL_AT if not session.rehearse else 4, work / "train_log.jsonl"
+    while len(before := steps_of(log)) < at:
+        if process.poll() is not None:
+            raise RuntimeError(f"ended before step {at}: {(session.work / 'killed.log').read_text()[-3000:]}\n{logs_of(session)}")
+        time.sleep(0.05)
+    holder, gpus = (work / ".lock").read_text(), gpus_in_use()
     os.kill(int(holder.split()[1]), 9)
     began = time.monotonic()
     code = process.wait()
     told = {"killed_at_step": before[-1]["step"], "exit_code": code, "seconds_until_told": round(time.monotonic() - began, 1)}
+    told |= {"gpus_in_use_at_the_kill": gpus}
     result = deployed(session, environment, "as-written", settings)
-    repeated = [abs(one["loss"] - other["loss"]) for one, other in zip(before, steps_of(newest_log(session)), strict=False)]
-    return result | told | {"loss_differences_of_the_steps_before_the_kill": repeated}
+    return result | told | {"before_and_after_the_kill": same_steps(before, result.pop("records"))}
 
 
-def newest_log(session: Session) -> Path:
-    """Of the trainings that have logged a step; nowhere when none has."""
-    logs = (session.home / "work").glob("*/train_log.jsonl")
-    return max(logs, key=lambda path: path.stat().st_mtime, default=session.home / "nowhere")
+def gpus_in_use() -> int:
+    """GPUs of the host that some process computes on; 0 without a driver."""
+    query = ["nvidia-smi", "--query-compute-apps=gpu_uuid", "--format=csv,noheader"]
+    try:
+        return len(set(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()))
+    except (OSError, subprocess.CalledProcessError):
+        return 0
+
+
+def same_steps(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The steps that a killed training made, and the run that went on made or kept: losses, gradient norms, distances."""
+    pairs = list(zip(before, after, strict=False))
+    told: dict[str, Any] = {}
+    for name in ("loss", "grad_norm"):
+        told[name] = [[round(record[name], 5) for record in pair] for pair in pairs]
+        told[f"largest_{name}_distance"] = max(abs(one[name] - other[name]) for one, other in pairs)
+    return told
+
+
+def served_again(session: Session, environment: dict[str, str], recipe: str) -> dict[str, str]:
+    """The same run once more: {stage: state}, of the parent; there is no child.
+
+    Raises:
+        RuntimeError: when it fails.
+    """
+    begun, log = time.time(), session.work / f"{recipe}-again.log"
+    settings = killed_settings(session) if recipe == "as-written" else settings_of(session)
+    if start(environment, recipe, settings, log).wait():
+        raise RuntimeError(f"{recipe} again: {log.read_text()[-3000:]}\n{logs_of(session)}")
+    (parent,) = runs_since(session, begun, recipe)
+    return {entry["name"]: entry["state"] for entry in parent["stages"]}
 
 
 def steps_of(log: Path) -> list[dict[str, Any]]:
@@ -160,6 +206,7 @@ def training_of(session: Session, key: str) -> dict[str, Any]:
     return {
         "steps": len(records),
         "losses": [round(record["loss"], 4) for record in records],
+        "records": records,
         **{name: resolved[name] for name in ("estimated_gib", "peak_gib", "dtype")},
     }
 
@@ -169,14 +216,15 @@ def metrics_of(session: Session, entry: dict[str, Any]) -> dict[str, Any]:
     return {name: metrics[name] for name in ("rows", "tokens", "base", "tuned")}
 
 
-def runs_since(session: Session, begun: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The records of the parent flow's run and of the child's."""
+def runs_since(session: Session, begun: float, recipe: str) -> list[dict[str, Any]]:
+    """The records of a recipe's flow runs: the parent's, and the child's if there was one."""
     records = [json.loads(file.read_text()) for file in (session.home / "runs").glob("*.json")]
-    recent = [record for record in records if record["started"] >= begun]
-    parents = [record for record in recent if any(entry["name"] == "ingest" for entry in record["stages"])]
-    children = [record for record in recent if record not in parents]
-    assert (len(parents), len(children)) == (1, 1), [record["id"] for record in recent]
-    return parents[0], children[0]
+    return [record for record in records if record["started"] >= begun and record["recipe"] == recipe]
+
+
+def names_of(record: dict[str, Any]) -> list[str]:
+    """The stages of a run."""
+    return [entry["name"] for entry in record["stages"]]
 
 
 def logs_of(session: Session) -> str:

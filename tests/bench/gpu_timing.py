@@ -6,6 +6,7 @@ Also where any training of the session is measured: a process of its own (tests/
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 TIMED_STEPS = 30
 WARMUP_STEPS = 5
 TIMED_TEXTS, MORE_TEXTS = 5_000, 20_000
-ROUND_STEPS, ROUND_TEXTS = 12, 500
+ROUND_STEPS, ROUND_TEXTS = 10, 500
 
 
 def timing(session: Session, found: dict[str, Any]) -> None:
@@ -67,21 +68,23 @@ def compare_timing(session: Session, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def measured(session: Session, name: str, kind: str, rows: Path, *arguments: str, steps: int, **settings: Any) -> dict[str, Any]:
-    """What one training in a process of its own prints.
+    """What one training in a process of its own prints; `site` is a directory of packages to prefer.
 
     Raises:
         RuntimeError: with the end of its log, when it fails.
     """
-    model = settings.pop("model", session.llama)
+    model, site = settings.pop("model", session.llama), settings.pop("site", None)
     work = session.work / "measured" / name
     work.mkdir(parents=True, exist_ok=True)
     request = {"model": str(model), "rows": str(rows), "steps": steps, "device": session.device, "work": str(work), **settings}
     request |= {"warmup_steps": min(WARMUP_STEPS, steps)}
     (work / "request.json").write_text(json.dumps(request))
     command = [sys.executable, "-m", "tests.bench.gpu_train", kind, str(work / "request.json"), *arguments]
-    log = work / f"{kind}.log"
+    environment, log = session.environment(name), work / f"{kind}.log"
+    if site is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(site), *filter(None, [environment.get("PYTHONPATH")])])
     with log.open("w") as output:
-        done = subprocess.run(command, env=session.environment(name), stdout=output, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
     lines = [line for line in log.read_text().splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
         raise RuntimeError(f"{name}: exit code {done.returncode}\n{log.read_text()[-3000:]}")

@@ -1,0 +1,84 @@
+"""The fast backend on a GPU: its speed beside the document's code, how near it is to float32, and how little memory it takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tests.bench.gpu_small import make_model
+
+if TYPE_CHECKING:
+    from tests.bench.gpu_session import Session
+
+SIDES = {1: ("fp8", "plain"), 3: ("fp8", "plain")}
+"""{turns of a conversation: how the base model is held}; the document's code runs beside them."""
+CAPS_GIB = (12.0, 24.0)
+
+
+def speed(session: Session, found: dict[str, Any]) -> None:
+    """`amazon-ft bench train --against document` on the carried packs and texts of one turn and of three."""
+    for turns, sides in SIDES.items():
+        data, target = session.home / "speed" / f"turns-{turns}", session.work / f"speed-{turns}.json"
+        options = [word for side in (("plain",) if session.rehearse else sides) for word in ("--held", side)]
+        options += ["--model", str(session.llama), "--data", str(data), "--json", str(target)]
+        called(session, f"speed-{turns}", "flows.cli", "bench", "train", "--against", "document", *options)
+        found[f"turns_{turns}"] = json.loads(target.read_text())
+
+
+def profile(session: Session, found: dict[str, Any]) -> None:
+    """Which kernels a step of fp8 and of bf16 spends its time in."""
+    for held in ("plain",) if session.rehearse else ("fp8", "plain"):
+        found[held] = worker(session, f"profile-{held}", "profile", held)
+
+
+def correct(session: Session, found: dict[str, Any]) -> None:
+    """Logits and gradients against float32, row by row: SmolLM2's weights, and two layers of Llama-3-8B's width."""
+    found |= worker(session, "correct", "correct")
+
+
+def capped(session: Session, found: dict[str, Any]) -> None:
+    """Trainings with a cap on the GPU memory of the process, and what the driver saw at most."""
+    for gib in CAPS_GIB:
+        found[f"{gib:g}_gib"] = worker(session, f"capped-{gib:g}", "capped", str(gib))
+
+
+def worker(session: Session, name: str, kind: str, *arguments: str) -> dict[str, Any]:
+    """What tests/bench/gpu_fast_worker.py prints in a process of its own."""
+    model = make_model(session) if kind == "correct" else session.llama
+    data = session.home / "speed" / "turns-3"
+    told = called(session, name, "tests.bench.gpu_fast_worker", kind, str(model), str(data), session.device, *arguments)
+    return json.loads(told.splitlines()[-1].removeprefix("RESULT "))
+
+
+def called(session: Session, name: str, module: str, *arguments: str) -> str:
+    """What a program prints.
+
+    Raises:
+        RuntimeError: with the end of its log, when it fails.
+    """
+    log = session.work / f"{name}.log"
+    with log.open("w") as errors:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            env=session.environment(name),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise RuntimeError(f"{name}: exit code {done.returncode}\n{done.stdout[-1000:]}\n{log.read_text()[-3000:]}")
+    return done.stdout
+
+
+PHASES: dict[str, Callable[[Session, dict[str, Any]], None]] = {
+    "speed": speed,
+    "profile": profile,
+    "correct": correct,
+    "capped": capped,
+}
+
+__all__ = ["PHASES"]

@@ -1,0 +1,220 @@
+"""One measurement of the fast backend in a process of its own; ends with a line `RESULT {...}`.
+
+python -m tests.bench.gpu_fast_worker profile|correct|capped MODEL_DIR DATA_DIR DEVICE [plain|fp8|GIB]
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from tasks.backends.packed import Collator
+from tests.nearness import Rows, adapter_of, gradients, packed, relative, row_by_row
+
+WARM, PROFILED = 6, 4
+"""Steps before the profile, and in it."""
+KERNELS = 40
+"""Named in a profile."""
+DRIVER_GIB = 0.6
+"""Of a card's memory, what CUDA itself takes beside what torch allocates."""
+STEPS, WINDOWS = 4, 3
+TEXTS, TOKENS = 8, 512
+"""Of the comparison with float32."""
+WIDE: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rope_theta": 500_000.0,
+    "tie_word_embeddings": False,
+}
+"""Llama-3-8B's, but for the number of layers."""
+
+
+def profile(model: Path, data: Path, device: str, held: str) -> dict[str, Any]:
+    """Milliseconds of a step by kernel, the largest first, and of all of them."""
+    from transformers import TrainerCallback
+
+    from flows.bench import train_ours
+
+    activities = [torch.profiler.ProfilerActivity.CPU if device == "cpu" else torch.profiler.ProfilerActivity.CUDA]
+    profiler = torch.profiler.profile(activities=activities)
+
+    class Profiling(TrainerCallback):
+        def on_step_end(self, *args: Any, **_: Any) -> None:
+            step = args[1].global_step
+            if step == WARM:
+                profiler.start()
+            if step == WARM + PROFILED:
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                profiler.stop()
+
+    from tasks.backends import fast, trainer
+
+    def watched(job: Any, made: Any, progress: Any) -> float:
+        made.add_callback(Profiling())
+        return trainer.run(job, made, progress)
+
+    with patch.object(fast, "run", watched):
+        told = train_ours.run(reference(model), data / "packs.arrow", device, held, WARM + PROFILED, 1)
+    rows = [
+        (event.key, event.self_device_time_total if device == "cuda" else event.self_cpu_time_total, event.count)
+        for event in profiler.key_averages()
+    ]
+    rows.sort(key=lambda row: -row[1])
+    return {
+        "ms_of_all_kernels_a_step": round(sum(row[1] for row in rows) / 1000 / PROFILED, 2),
+        "kernels": [[name[:120], round(us / 1000 / PROFILED, 3), count / PROFILED] for name, us, count in rows[:KERNELS]],
+        "trained": told,
+    }
+
+
+def correct(model: Path, data: Path, device: str) -> dict[str, Any]:
+    """Each way to train on real texts against float32: the largest distance of logits, the relative one of gradients."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    rows = some_rows(model, data)
+    ways = [
+        "transformers float32",
+        "packed float32",
+        "transformers bf16",
+        "packed bf16",
+        *(["packed fp8"] if device == "cuda" else []),
+    ]
+    return {
+        "rows": len(rows),
+        "tokens": sum(len(row["input_ids"]) for row in rows),
+        "SmolLM2-135M, 30 layers": compared(lambda dtype: loaded(model, dtype, device), rows, ways, device),
+        "Llama-3-8B's width, 2 layers, random weights": compared(
+            lambda dtype: wide(dtype, device, len(rows)), rows, ways, device
+        ),
+    }
+
+
+def compared(make: Any, rows: Rows, ways: list[str], device: str) -> dict[str, Any]:
+    """{way: {loss, gradients, logits}}, the last two as distances from the first way."""
+    told: dict[str, Any] = {}
+    wanted: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
+    for way in ways:
+        kind, number = way.split()
+        wrapped = make(torch.float32 if number == "float32" else torch.bfloat16)
+        if kind == "transformers":
+            loss, logits = row_by_row(wrapped, rows)
+        else:
+            compiled, kind = device == "cuda" and number != "float32", "fp8" if number == "fp8" else "plain"
+            loss, logits = packed(wrapped, rows, kind=kind, collate=collator(rows, device), compiled=compiled)
+        found = {name: grad.float().cpu() for name, grad in gradients(wrapped).items()}
+        wanted = wanted or (logits.float().cpu(), found)
+        told[way] = {
+            "loss": round(loss, 6),
+            "gradients_relative": relative(found, wanted[1]),
+            "logits_max_abs": float((logits.float().cpu() - wanted[0]).abs().max()),
+            "largest_logit": float(wanted[0].abs().max()),
+        }
+        del wrapped, logits
+    return told
+
+
+def collator(rows: Rows, device: str) -> Collator:
+    """Sizes as a GPU likes them."""
+    return Collator(tokens=1024, longest=TOKENS, rows=len(rows) + 2, slice=2048) if device == "cuda" else Collator()
+
+
+def some_rows(model: Path, data: Path) -> Rows:
+    """The first texts as rows of tokens, all but the first tokens of each labelled."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    texts = json.loads((data / "texts.json").read_text())[:TEXTS]
+    rows = [tokenizer(text)["input_ids"][:TOKENS] for text in texts]
+    return [{"input_ids": ids, "labels": [-100] * 32 + ids[32:]} for ids in rows]
+
+
+def loaded(model: Path, dtype: torch.dtype, device: str) -> Any:
+    """The model with an adapter that is not zero; its weights are bfloat16 numbers in either type."""
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.bfloat16, attn_implementation="sdpa").to(device)
+    return with_adapter(base.to(dtype))
+
+
+def wide(dtype: torch.dtype, device: str, seed: int) -> Any:
+    """Two layers as wide as Llama-3-8B's, with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    base = LlamaForCausalLM(LlamaConfig(**WIDE, vocab_size=49_152, attn_implementation="sdpa")).to(torch.bfloat16)
+    return with_adapter(base.to(device, dtype))
+
+
+def with_adapter(base: Any) -> Any:
+    from tasks.backends.hf import add_adapter
+    from tasks.config import LoraSection
+
+    wrapped = add_adapter(base, LoraSection())
+    draw = torch.Generator().manual_seed(1)
+    for name, parameter in adapter_of(wrapped).items():
+        value = torch.randn(parameter.shape, generator=draw) * 0.02 if "lora_B" in name else parameter.data.cpu()
+        parameter.data = value.to(parameter.device, torch.float32)
+    return wrapped
+
+
+def capped(model: Path, data: Path, device: str, gib: str) -> dict[str, Any]:
+    """A training in so much memory: what was chosen, how fast it was, and the most that torch and the driver saw in use."""
+    from flows.bench import train_ours
+    from tasks.backends import hardware
+
+    room = float(gib) - DRIVER_GIB
+    torch.cuda.set_per_process_memory_fraction(room * hardware.GIB / torch.cuda.get_device_properties(0).total_memory)
+    with patch.object(hardware, "free_gib", lambda _: room), driver_peak() as seen:
+        told = train_ours.run(reference(model), data / "packs.arrow", device, "auto", STEPS, WINDOWS)
+    reserved = round(torch.cuda.max_memory_reserved() / hardware.GIB, 3)
+    return {"cap_gib": float(gib), "reserved_gib": reserved, "driver_gib": round(max(seen) / hardware.GIB, 3), **told}
+
+
+@contextmanager
+def driver_peak() -> Iterator[list[int]]:
+    """Bytes in use on the GPU as the driver counts them, looked at every tenth of a second; whoever uses it."""
+    seen, done = [0], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.1):
+            free, total = torch.cuda.mem_get_info()
+            seen.append(total - free)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
+
+
+def reference(model: Path) -> Any:
+    from tasks.modeldir import directory_model
+
+    return directory_model(model, name=model.name)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    kind, model, data, device, *rest = sys.argv[1:]
+    began = time.monotonic()
+    found = {"profile": profile, "correct": correct, "capped": capped}[kind](Path(model), Path(data), device, *rest)
+    print("RESULT", json.dumps(found | {"process_seconds": round(time.monotonic() - began, 1)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
