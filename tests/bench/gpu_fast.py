@@ -13,7 +13,7 @@ from tests.bench.gpu_small import make_model
 if TYPE_CHECKING:
     from tests.bench.gpu_session import Session
 
-SIDES = {1: ("fp8", "plain"), 3: ("fp8", "plain")}
+SIDES = {1: ("fp8",), 3: ("fp8", "plain")}
 """{turns of a conversation: how the base model is held}; the document's code runs beside them."""
 CAPS_GIB = (12.0, 24.0)
 
