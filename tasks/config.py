@@ -203,9 +203,10 @@ class FinetuneConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     gradient_checkpointing: Literal["unsloth", "full", "none", "auto"] = "unsloth"
     """`auto` (backend fast): none where the free memory allows, else full."""
-    frozen_weights: Literal["auto", "plain", "fp8", "nf4"] = "auto"
+    frozen_weights: Literal["auto", "plain", "fp8", "fp8-backward", "nf4"] = "auto"
     """Backend fast: how the base model's matrices lie in memory. `plain`: in the compute type; `fp8`: rowwise e4m3, from
-    compute capability 8.9; `auto`: the fastest that the GPU has and that fits."""
+    compute capability 8.9; `fp8-backward`: so for gradients only, the forward pass as in `plain`; `auto`: the fastest that the
+    GPU has and that fits."""
     seed: Seed = 3407
     logging_steps: int = Field(default=10, ge=1)
     save_steps: int = Field(default=100, ge=1)

@@ -62,4 +62,13 @@ def relative(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return float((missed / sum(grad.square().sum() for grad in wanted.values())) ** 0.5)
 
 
-__all__ = ["Rows", "adapter_of", "gradients", "labelled", "packed", "relative", "row_by_row"]
+def scaled_product(
+    a: Tensor, b: Tensor, *, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, use_fast_accum: bool
+) -> Tensor:
+    """What a GPU's product of fp8 matrices with a scale for each row and column is by definition."""
+    assert use_fast_accum
+    assert a.shape[1] % 16 == 0
+    return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype)
+
+
+__all__ = ["Rows", "adapter_of", "gradients", "labelled", "packed", "relative", "row_by_row", "scaled_product"]

@@ -28,7 +28,7 @@ from tasks.backends.packed import Collator, PackedLlama
 from tasks.backends.watch import read_log
 from tasks.config import FinetuneConfig, LoraSection, WeightsConfig
 from tasks.refs import Adapter, ConfigError, Model
-from tests.nearness import Rows, adapter_of, gradients, packed, relative, row_by_row
+from tests.nearness import Rows, adapter_of, gradients, packed, relative, row_by_row, scaled_product
 from tests.test_finetune import interrupted, make_llama3_config, work_of
 from tests.tiny import make_tiny_model, tiny_reference, tiny_tokens
 from tests.train_tiny import train
@@ -88,16 +88,10 @@ def test_packed_in_bfloat16_is_as_near_to_float32_as_each_row_by_itself(model: M
     assert relative(gradients(wrapped), wanted) < 2e-2
 
 
-def scaled_product(
-    a: Tensor, b: Tensor, *, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype, use_fast_accum: bool
-) -> Tensor:
-    """What a GPU's product of fp8 matrices with a scale for each row and column is by definition."""
-    assert use_fast_accum
-    assert a.shape[1] % 16 == 0
-    return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype)
+BOUNDS: list[tuple[frozen.Kind, float]] = [("plain", 2e-2), ("fp8", 6e-2), ("fp8-backward", 6e-2)]
 
 
-@pytest.mark.parametrize(("kind", "bound"), [("plain", 2e-2), ("fp8", 6e-2)])
+@pytest.mark.parametrize(("kind", "bound"), BOUNDS)
 def test_a_map_and_its_gradients_stay_near_to_float32(kind: frozen.Kind, bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_scaled_mm", scaled_product)
     random = torch.Generator().manual_seed(0)
@@ -111,7 +105,7 @@ def test_a_map_and_its_gradients_stay_near_to_float32(kind: frozen.Kind, bound: 
 
 def map_and_gradients(kind: frozen.Kind, inputs: list[Tensor], w: Tensor, g: Tensor) -> list[Tensor]:
     x, a, b = (part.requires_grad_() for part in inputs)
-    base = (frozen.freeze_fp8 if kind == "fp8" else frozen.freeze_plain)(w, len(a))
+    base = frozen.FREEZE[kind](w, len(a))
     frozen.refresh(kind, base, a, b)
     y = frozen.apply(kind, x, a, b, base)
     return [y.detach(), *torch.autograd.grad(y, (x, a, b), g)]
@@ -123,6 +117,18 @@ def test_a_whole_model_in_fp8_learns_in_float32s_direction(model: Model, monkeyp
     wrapped = tiny_llama(model, torch.bfloat16)
     packed(wrapped, ROWS, kind="fp8")
     assert relative(gradients(wrapped), wanted) < 0.15  # the error of each map above, through two layers and their norms
+
+
+def test_with_fp8_backward_a_model_says_what_it_says_in_bfloat16_and_its_gradients_are_near(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_product)
+    _, _, wanted = reference(model, ROWS)
+    plain, wrapped = packed(tiny_llama(model, torch.bfloat16), ROWS), tiny_llama(model, torch.bfloat16)
+    loss, logits = packed(wrapped, ROWS, kind="fp8-backward")
+    assert loss == plain[0]
+    assert torch.equal(logits, plain[1])
+    assert relative(gradients(wrapped), wanted) < 6e-2
 
 
 def test_a_row_is_not_moved_by_its_neighbours(model: Model) -> None:
@@ -175,7 +181,7 @@ def test_fp8_matrices_hold_adapters_of_any_size_that_matters(up: float, weight: 
     up *= weight
     random = torch.Generator().manual_seed(seed)
     w, a, b = (torch.randn(shape, generator=random) for shape in ((32, 48), (16, 48), (32, 16)))
-    base = frozen.freeze_fp8(w * weight, 16)
+    base = frozen.FREEZE["fp8"](w * weight, 16)
     frozen.refresh("fp8", base, a, b * up)
     extended, scale, balance = base[0].float(), base[1].t(), base[4]
     got_w, got_b = extended[:, :48] * scale, extended[:, 48:64] * scale / balance
@@ -306,9 +312,10 @@ def test_what_fits_is_chosen_and_said(tmp_path: Path, monkeypatch: pytest.Monkey
     assert choose(config, resolved, shape, 8192, 79.0).frozen_weights == "plain"
 
 
-def test_fp8_is_refused_where_there_is_none(model: Model) -> None:
-    with pytest.raises(ConfigError, match=r"finetune\.frozen_weights: CPU has no fp8: got fp8; expected auto, plain or nf4"):
-        train(model, tiny_tokens(4), **FAST, frozen_weights="fp8")
+@pytest.mark.parametrize("kind", ["fp8", "fp8-backward"])
+def test_fp8_is_refused_where_there_is_none(model: Model, kind: str) -> None:
+    with pytest.raises(ConfigError, match=rf"finetune\.frozen_weights: CPU has no fp8: got {kind}; expected auto, plain or nf4"):
+        train(model, tiny_tokens(4), **FAST, frozen_weights=kind)
 
 
 def test_another_architecture_is_refused(model: Model) -> None:
@@ -346,7 +353,7 @@ def needs_cuda() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("kind", "bound"), [("plain", 2e-2), ("fp8", 6e-2)])
+@pytest.mark.parametrize(("kind", "bound"), BOUNDS)
 def test_on_a_gpu_a_map_and_its_gradients_stay_near_to_float32(kind: frozen.Kind, bound: float) -> None:
     needs_cuda()
     random = torch.Generator().manual_seed(0)

@@ -29,6 +29,7 @@ class Held(StrEnum):
     AUTO = "auto"
     PLAIN = "plain"
     FP8 = "fp8"
+    FP8_BACKWARD = "fp8-backward"
     NF4 = "nf4"
 
 

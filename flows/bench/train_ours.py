@@ -1,6 +1,8 @@
 """The fast backend on given packs, as the stage finetune calls it; ends with one line of JSON.
 
-usage: python -m flows.bench.train_ours MODEL_JSON PACKS_ARROW DEVICE auto|plain|fp8|nf4 STEPS WINDOWS      a reference as JSON
+usage: python -m flows.bench.train_ours MODEL_JSON PACKS_ARROW DEVICE HELD STEPS WINDOWS
+
+MODEL_JSON is a reference (tasks/refs.py), HELD a value of finetune.frozen_weights.
 """
 
 from __future__ import annotations

@@ -8,13 +8,14 @@ from itertools import product
 from typing import Literal
 
 from tasks.backends import Resolved
+from tasks.backends.hardware import GIB
 from tasks.backends.memory import Shape, estimate_gib
 from tasks.config import FinetuneConfig
 from tasks.refs import ConfigError
 
 logger = logging.getLogger(__name__)
 
-Held = Literal["plain", "fp8", "nf4"]
+Held = Literal["plain", "fp8", "fp8-backward", "nf4"]
 Checkpointing = Literal["none", "full"]
 
 FP8_CAPABILITY = (8, 9)
@@ -32,10 +33,10 @@ def choose(config: FinetuneConfig, resolved: Resolved, shape: Shape, tokens: int
         ConfigError: for fp8 on a GPU without it.
     """
     capability = compute_capability(resolved.device)
-    if config.frozen_weights == "fp8" and capability < FP8_CAPABILITY:
+    if config.frozen_weights in ("fp8", "fp8-backward") and capability < FP8_CAPABILITY:
         raise ConfigError(
-            f"finetune.frozen_weights: {resolved.device_name} has no fp8: got fp8; expected auto, plain or nf4. "
-            "Set finetune.frozen_weights=auto."
+            f"finetune.frozen_weights: {resolved.device_name} has no fp8: got {config.frozen_weights}; "
+            "expected auto, plain or nf4. Set finetune.frozen_weights=auto."
         )
     chosen = resolved
     for held, checkpointing in ways(config, capability):
@@ -68,6 +69,8 @@ def _checkpointing(config: FinetuneConfig) -> Checkpointing:
 
 def _estimate(shape: Shape, config: FinetuneConfig, resolved: Resolved, tokens: int) -> dict[str, float]:
     parts = {name: value for name, value in estimate_gib(shape, config, resolved, tokens).items() if name != "total"}
+    if resolved.frozen_weights == "fp8-backward":
+        parts["weights"] = round(parts["weights"] + shape.layers * shape.layer_parameters / GIB, 4)
     parts["activations"] = round(parts["activations"] * KEPT, 4)
     return parts | {"total": round(sum(parts.values()), 4)}
 

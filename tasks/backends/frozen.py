@@ -7,9 +7,13 @@ The base matrix lies in memory with room for A and B beside it, so that adding t
 another pass over y and dx. W never gets a gradient. Maps that share an input (q, k and v; gate and up) are one map, their
 adapters side by side: A stacked, B block-diagonal.
 
-    plain    W in the compute type                         (out + room, in + room)
-    fp8      W and its transpose in e4m3, a scale a row     (out, in + room) and (in, out + room)
-    nf4      W in bitsandbytes' NF4, unpacked on the fly     (out * in / 2,) and a scale for 64 values
+    plain           W in the compute type                         (out + room, in + room)
+    fp8             W and its transpose in e4m3, a scale a row     (out, in + room) and (in, out + room)
+    fp8-backward    W in the compute type, W' in e4m3              (out, in + room) and (in, out + room)
+    nf4             W in bitsandbytes' NF4, unpacked on the fly     (out * in / 2,) and a scale for 64 values
+
+fp8 rounds what the model says, so that an adapter learns to mend a base model that no one else has; fp8-backward rounds only
+the way that a gradient takes back, and what the model says is plain's to the bit.
 
 Source of rowwise fp8: torchao.float8 "rowwise", which quantizes a frozen weight anew at every step; here it is done once.
 """
@@ -23,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Kind = Literal["plain", "fp8", "nf4"]
+Kind = Literal["plain", "fp8", "fp8-backward", "nf4"]
 F8 = torch.float8_e4m3fn
 F8_MAX = 448.0
 """Largest e4m3 value. Source: OCP 8-bit floating point specification."""
@@ -72,6 +76,12 @@ def freeze_fp8(weight: Tensor, rank: int) -> tuple[Tensor, ...]:
     return (*_quantize(weight, rank), *_quantize(weight.t(), rank), one, one.clone())
 
 
+def freeze_fp8_backward(weight: Tensor, rank: int) -> tuple[Tensor, ...]:
+    """W in its own type, W' in e4m3 and its scales, and its balance, with room for an adapter of that rank."""
+    beside = room_for(rank, weight.shape[1], weight.element_size())
+    return functional.pad(weight, (0, beside)), *_quantize(weight.t(), rank), torch.ones((), device=weight.device)
+
+
 def _quantize(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     largest = weight.abs().amax(1, keepdim=True).float()
     scale = largest.clamp(min=float(largest.max()) / 64 or 1.0) / (F8_MAX / ROOM)
@@ -95,6 +105,10 @@ def refresh(kind: Kind, base: Sequence[Tensor], a: Tensor, b: Tensor) -> None:
         w, ws, wt, wts, balance, balance_t = base
         _put(w, a.shape[1], ws, b.float(), balance)
         _put(wt, len(b), wts, a.t().float(), balance_t)
+    elif kind == "fp8-backward":
+        w, wt, wts, balance_t = base
+        w[:, a.shape[1] : a.shape[1] + len(a)] = b
+        _put(wt, len(b), wts, a.t().float(), balance_t)
 
 
 def _put(weight: Tensor, start: int, scale: Tensor, columns: Tensor, balance: Tensor) -> None:
@@ -106,7 +120,7 @@ def _put(weight: Tensor, start: int, scale: Tensor, columns: Tensor, balance: Te
 
 def apply(kind: Kind, x: Tensor, a: Tensor, b: Tensor, base: Sequence[Tensor]) -> Tensor:
     """The map with its adapter: x (rows, in) to (rows, out)."""
-    return {"plain": _Plain, "fp8": _Fp8, "nf4": _Nf4}[kind].apply(x, a, b, *base)
+    return {"plain": _Plain, "fp8": _Fp8, "fp8-backward": _Fp8Backward, "nf4": _Nf4}[kind].apply(x, a, b, *base)
 
 
 class _Plain(torch.autograd.Function):
@@ -141,10 +155,28 @@ class _Fp8(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, low, b, wt, wts, balance_t = ctx.saved_tensors
-        (g,) = grads
-        low_g = g @ b
-        return _product(g, low_g, wt, wts, balance_t), low_g.t() @ x, g.t() @ low, None, None, None, None, None, None
+        return *_gradients_in_fp8(*grads, *ctx.saved_tensors), None, None, None, None, None, None
+
+
+class _Fp8Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, a, b, weight, wt, wts, balance_t = args
+        low = x @ a.t()
+        ctx.save_for_backward(x, low, b, wt, wts, balance_t)
+        return _beside(x, low, weight.shape[1]) @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *_gradients_in_fp8(*grads, *ctx.saved_tensors), None, None, None, None
+
+
+def _gradients_in_fp8(
+    g: Tensor, x: Tensor, low: Tensor, b: Tensor, wt: Tensor, wts: Tensor, balance_t: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x, A and B; the base matrix's part of the first in fp8."""
+    low_g = g @ b
+    return _product(g, low_g, wt, wts, balance_t), low_g.t() @ x, g.t() @ low
 
 
 def _product(x: Tensor, low: Tensor, weight: Tensor, scale: Tensor, balance: Tensor) -> Tensor:
@@ -179,4 +211,7 @@ def _unpack(packed: Tensor, scales: Tensor, x: Tensor, b: Tensor) -> Tensor:
     return torch.ops.bitsandbytes.dequantize_4bit(packed[:, None], scales, NF4_BLOCK, "nf4", shape, x.dtype)
 
 
-__all__ = ["Kind", "adapter_matrices", "apply", "freeze_fp8", "freeze_nf4", "freeze_plain", "padded_rank", "refresh"]
+FREEZE = {"plain": freeze_plain, "fp8": freeze_fp8, "fp8-backward": freeze_fp8_backward}
+"""{kind: a function of W and a rank}; nf4 takes what bitsandbytes has packed."""
+
+__all__ = ["FREEZE", "Kind", "adapter_matrices", "apply", "freeze_nf4", "padded_rank", "refresh"]

@@ -167,8 +167,7 @@ def take_over(parent: Any, names: Sequence[str], kind: Kind, dtype: torch.dtype)
         states = [linear.weight.quant_state for linear in linears]
         base = frozen.freeze_nf4([linear.weight.data for linear in linears], [unnested_scales(state) for state in states])
     else:
-        freeze = frozen.freeze_fp8 if kind == "fp8" else frozen.freeze_plain
-        base = freeze(torch.cat([plain_weight(linear).to(dtype) for linear in linears]), rank)
+        base = frozen.FREEZE[kind](torch.cat([plain_weight(linear).to(dtype) for linear in linears]), rank)
     for linear in linears:
         linear.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
     return base, tuple(downs), tuple(ups)
