@@ -52,7 +52,7 @@ def train_arm(model: Path, arm: str, data: dict[str, Any], seed: int, tokens: in
     request = {"recipe": arm, "model": str(model), "rows": data["rows"], "seed": seed, "steps": steps, "device": device}
     file = Path(os.environ["AMAZON_FT_HOME"], f"request-{arm}-{seed}.json")
     file.write_text(json.dumps(request | {"settings": settings}))
-    return run_arm(file, dict(os.environ)) | {"seed": seed, "steps": steps}
+    return run_arm("train", file, dict(os.environ)) | {"seed": seed, "steps": steps}
 
 
 def measure(shared: Path, tokens: int, seeds: list[int], device: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tests.bench.gpu_small import make_model
 if TYPE_CHECKING:
     from tests.bench.gpu_session import Session
 
-SIDES = {1: ("fp8",), 3: ("fp8", "plain")}
+SIDES = {1: ("fp8", "fp8-backward"), 3: ("fp8", "fp8-backward", "plain")}
 """{turns of a conversation: how the base model is held}; the document's code runs beside them."""
 CAPS_GIB = (12.0, 24.0)
 
@@ -30,7 +30,7 @@ def speed(session: Session, found: dict[str, Any]) -> None:
 
 def profile(session: Session, found: dict[str, Any]) -> None:
     """Which kernels a step of fp8 and of bf16 spends its time in."""
-    for held in ("plain",) if session.rehearse else ("fp8", "plain"):
+    for held in ("plain",) if session.rehearse else ("fp8", "fp8-backward", "plain"):
         found[held] = worker(session, f"profile-{held}", "profile", held)
 
 

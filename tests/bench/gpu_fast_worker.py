@@ -90,7 +90,7 @@ def correct(model: Path, data: Path, device: str) -> dict[str, Any]:
         "packed float32",
         "transformers bf16",
         "packed bf16",
-        *(["packed fp8"] if device == "cuda" else []),
+        *(["packed fp8", "packed fp8-backward"] if device == "cuda" else []),
     ]
     return {
         "rows": len(rows),
@@ -112,7 +112,7 @@ def compared(make: Any, rows: Rows, ways: list[str], device: str) -> dict[str, A
         if kind == "transformers":
             loss, logits = row_by_row(wrapped, rows)
         else:
-            compiled, kind = device == "cuda" and number != "float32", "fp8" if number == "fp8" else "plain"
+            compiled, kind = device == "cuda" and number != "float32", number if number.startswith("fp8") else "plain"
             loss, logits = packed(wrapped, rows, kind=kind, collate=collator(rows, device), compiled=compiled)
         found = {name: grad.float().cpu() for name, grad in gradients(wrapped).items()}
         wanted = wanted or (logits.float().cpu(), found)
@@ -154,8 +154,9 @@ def wide(dtype: torch.dtype, device: str, seed: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    base = LlamaForCausalLM(LlamaConfig(**WIDE, vocab_size=49_152, attn_implementation="sdpa")).to(torch.bfloat16)
-    return with_adapter(base.to(device, dtype))
+    with torch.device(device):  # drawn there: on the CPU it takes a minute
+        base = LlamaForCausalLM(LlamaConfig(**WIDE, vocab_size=49_152, attn_implementation="sdpa"))
+    return with_adapter(base.to(torch.bfloat16).to(dtype))
 
 
 def with_adapter(base: Any) -> Any:

