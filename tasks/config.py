@@ -206,7 +206,7 @@ class FinetuneConfig(Section):
     frozen_weights: Literal["auto", "plain", "fp8", "fp8-backward", "nf4"] = "auto"
     """Backend fast: how the base model's matrices lie in memory. `plain`: in the compute type; `fp8`: rowwise e4m3, from
     compute capability 8.9; `fp8-backward`: so for gradients only, the forward pass as in `plain`; `auto`: the fastest that the
-    GPU has and that fits."""
+    GPU has and that fits, fp8 only for models at least 2,048 wide."""
     seed: Seed = 3407
     logging_steps: int = Field(default=10, ge=1)
     save_steps: int = Field(default=100, ge=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,8 @@ def test_what_fits_is_chosen_and_said(tmp_path: Path, monkeypatch: pytest.Monkey
     chosen = {free: (way.frozen_weights, way.gradient_checkpointing) for free, way in found.items()}
     assert chosen == {79.0: ("fp8", "none"), 40.0: ("fp8", "full"), 22.0: ("fp8", "full"), 11.5: ("nf4", "full")}
     assert "base matrices fp8, gradient checkpointing none: the fastest that fits on NVIDIA H100 (about " in caplog.text
+    narrow = replace(shape, hidden=576)
+    assert choose(config, resolved, narrow, 8192, 79.0).frozen_weights == "plain"
     monkeypatch.setattr("tasks.backends.choice.compute_capability", lambda _: (8, 0))
     assert choose(config, resolved, shape, 8192, 79.0).frozen_weights == "plain"
 

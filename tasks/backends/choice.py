@@ -20,6 +20,9 @@ Checkpointing = Literal["none", "full"]
 
 FP8_CAPABILITY = (8, 9)
 """The first GPUs with fp8 matrix products (Ada). Source: CUDA's compute capability tables."""
+FP8_HIDDEN = 2048
+"""`auto` rounds no narrower model: SmolLM2-135M (576) trains at 3 % of what an H100's matrix units can do, so that faster
+products gain it little, and fp8 costs it held-out loss (tests/bench/LOG.md)."""
 KEPT = 1.45
 """Activations over the least estimate: Llama-3-8B, 8,192 tokens, took 38.5 GiB where memory.py says 26.6 (tests/bench/LOG.md)."""
 USABLE = 0.95
@@ -39,7 +42,7 @@ def choose(config: FinetuneConfig, resolved: Resolved, shape: Shape, tokens: int
             "expected auto, plain or nf4. Set finetune.frozen_weights=auto."
         )
     chosen = resolved
-    for held, checkpointing in ways(config, capability):
+    for held, checkpointing in ways(config, capability, shape.hidden):
         chosen = resolved.model_copy(
             update={"frozen_weights": held, "load_in_4bit": held == "nf4", "gradient_checkpointing": checkpointing}
         )
@@ -50,13 +53,13 @@ def choose(config: FinetuneConfig, resolved: Resolved, shape: Shape, tokens: int
     return chosen
 
 
-def ways(config: FinetuneConfig, capability: tuple[int, int]) -> Iterator[tuple[Held, Checkpointing]]:
-    """What is wanted and can be had here, fastest first.
+def ways(config: FinetuneConfig, capability: tuple[int, int], hidden: int) -> Iterator[tuple[Held, Checkpointing]]:
+    """What is wanted and can be had here for a model of that width, fastest first.
 
-    >>> list(ways(FinetuneConfig(backend="fast", gradient_checkpointing="auto"), (8, 0)))
+    >>> list(ways(FinetuneConfig(backend="fast", gradient_checkpointing="auto"), (8, 0), 4096))
     [('plain', 'none'), ('plain', 'full'), ('nf4', 'none'), ('nf4', 'full')]
     """
-    fastest: tuple[Held, ...] = ("fp8",) if capability >= FP8_CAPABILITY else ("plain",)
+    fastest: tuple[Held, ...] = ("fp8",) if capability >= FP8_CAPABILITY and hidden >= FP8_HIDDEN else ("plain",)
     on_gpu: tuple[Held, ...] = (*fastest, "nf4") if capability > (0, 0) else ("plain",)
     held = on_gpu if config.frozen_weights == "auto" else (config.frozen_weights,)
     kept: tuple[Checkpointing, ...] = ("none", "full")
