@@ -35,11 +35,18 @@ def both_deployed(session: Session, found: dict[str, Any]) -> None:
         log, settings = session.work / "killed.log", killed_settings(session)
         process = start(environment, "as-written", settings, log)
         work = training_begun(session, process, log)
-        other = pool.submit(deployed, session, environment, "default", settings_of(session))
-        found["as-written"] = killed_and_run_again(session, environment, settings, process, work)
-        found["default"] = other.result()
-        found["default"].pop("records")
+        other = pool.submit(default, session, environment, found)
+        found["killed"], before = killed(session, process, work)
+        found["as-written"] = deployed(session, environment, "as-written", settings)
+        found["before_and_after_the_kill"] = same_steps(before, found["as-written"].pop("records"))
+        other.result()
         found["again"] = {recipe: served_again(session, environment, recipe) for recipe in RECIPES}
+
+
+def default(session: Session, environment: dict[str, str], found: dict[str, Any]) -> None:
+    """Recipe default, deployed, run to its end."""
+    found["default"] = deployed(session, environment, "default", settings_of(session))
+    found["default"].pop("records")
 
 
 def killed_settings(session: Session) -> list[str]:
@@ -139,10 +146,8 @@ def training_begun(session: Session, process: subprocess.Popen[bytes], log: Path
     return found[0].parent
 
 
-def killed_and_run_again(
-    session: Session, environment: dict[str, str], settings: Sequence[str], process: subprocess.Popen[bytes], work: Path
-) -> dict[str, Any]:
-    """as-written, its training killed by SIGKILL at a step, and run again: it goes on from its last checkpoint."""
+def killed(session: Session, process: subprocess.Popen[bytes], work: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Kill a training by SIGKILL at a step: how its run ended, and the steps that it had made."""
     at, log = KILL_AT if not session.rehearse else 4, work / "train_log.jsonl"
     while len(before := steps_of(log)) < at:
         if process.poll() is not None:
@@ -152,10 +157,8 @@ def killed_and_run_again(
     os.kill(int(holder.split()[1]), 9)
     began = time.monotonic()
     code = process.wait()
-    told = {"killed_at_step": before[-1]["step"], "exit_code": code, "seconds_until_told": round(time.monotonic() - began, 1)}
-    told |= {"gpus_in_use_at_the_kill": gpus}
-    result = deployed(session, environment, "as-written", settings)
-    return result | told | {"before_and_after_the_kill": same_steps(before, result.pop("records"))}
+    told = {"at_step": before[-1]["step"], "exit_code": code, "seconds_until_told": round(time.monotonic() - began, 1)}
+    return told | {"gpus_in_use": gpus}, before
 
 
 def gpus_in_use() -> int:
