@@ -183,6 +183,10 @@ class LoraSection(Section):
     random_state: Seed = 3407
 
 
+FrozenWeights = Literal["plain", "fp8", "fp8-backward", "nf4"]
+"""How the backend fast can hold the base model's matrices: tasks/backends/frozen.py."""
+
+
 class FinetuneConfig(Section):
     """LoRA training (document items 8 and 9)."""
 
@@ -203,7 +207,7 @@ class FinetuneConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     gradient_checkpointing: Literal["unsloth", "full", "none", "auto"] = "unsloth"
     """`auto` (backend fast): none where the free memory allows, else full."""
-    frozen_weights: Literal["auto", "plain", "fp8", "fp8-backward", "nf4"] = "auto"
+    frozen_weights: Literal["auto", FrozenWeights] = "auto"
     """Backend fast: how the base model's matrices lie in memory. `plain`: in the compute type; `fp8`: rowwise e4m3, from
     compute capability 8.9; `fp8-backward`: so for gradients only, the forward pass as in `plain`; `auto`: the fastest that the
     GPU has and that fits, fp8 only for models at least 2,048 wide."""

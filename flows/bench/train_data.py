@@ -36,20 +36,20 @@ def tiny_model(tokenizer: Path, directory: Path) -> Model:
 
 
 def make_data(recipe: Recipe, model: Model, directory: Path) -> Path:
-    """packs.arrow and texts.json of a generated catalogue, by the recipe's own stages."""
+    """packs.arrow and texts.json of the recipe's products, generated or read, by its own stages."""
     from datasets import Dataset
 
     from tasks.catalogue import catalogue
-    from tasks.ingest import ingest
+    from tasks.ingest import ingest, locate_source
     from tasks.pack import pack
     from tasks.sample import sample
     from tasks.sharegpt import sharegpt
     from tasks.template import template
     from tasks.tokenize import tokenize
 
-    assert recipe.catalogue, "a bench recipe generates its products"
     assert recipe.pack, "a bench recipe packs"
-    source = catalogue.execute({"config": recipe.catalogue})
+    generated = recipe.catalogue is not None
+    source = catalogue.execute({"config": recipe.catalogue}) if generated else locate_source(recipe.ingest.sources)
     products = ingest.execute({"source": source, "config": recipe.ingest})
     split = sample.execute({"products": products, "config": recipe.sample})
     conversations = sharegpt.execute({"split": split, "config": recipe.sharegpt})

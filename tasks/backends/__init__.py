@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from tasks.config import FinetuneConfig
+from tasks.config import FinetuneConfig, FrozenWeights
 from tasks.refs import Model, Value
 
 
@@ -36,7 +36,7 @@ class Resolved(Value):
     device: str
     device_name: str
     versions: dict[str, str]
-    frozen_weights: Literal["plain", "fp8", "fp8-backward", "nf4"] = "plain"
+    frozen_weights: FrozenWeights = "plain"
     """How the fast backend holds the base model's matrices."""
     estimated_gib: dict[str, float] | None = None
     """Weights, adapter, optimizer, activations and their total, estimated before loading."""

@@ -10,19 +10,18 @@ from typing import Literal
 from tasks.backends import Resolved
 from tasks.backends.hardware import GIB
 from tasks.backends.memory import Shape, estimate_gib
-from tasks.config import FinetuneConfig
+from tasks.config import FinetuneConfig, FrozenWeights
 from tasks.refs import ConfigError
 
 logger = logging.getLogger(__name__)
 
-Held = Literal["plain", "fp8", "fp8-backward", "nf4"]
 Checkpointing = Literal["none", "full"]
 
 FP8_CAPABILITY = (8, 9)
 """The first GPUs with fp8 matrix products (Ada). Source: CUDA's compute capability tables."""
 FP8_HIDDEN = 2048
-"""`auto` rounds no narrower model: SmolLM2-135M (576) trains at 3 % of what an H100's matrix units can do, so that faster
-products gain it little, and fp8 costs it held-out loss (tests/bench/LOG.md)."""
+"""`auto` rounds no narrower model. fp8 costs SmolLM2-135M, 576 wide, held-out loss (tests/bench/LOG.md), and speeds up
+Llama-3-8B, 4,096 wide; where between the two it begins to pay was not measured."""
 KEPT = 1.45
 """Activations over the least estimate: Llama-3-8B, 8,192 tokens, took 38.5 GiB where memory.py says 26.6 (tests/bench/LOG.md)."""
 USABLE = 0.95
@@ -53,14 +52,14 @@ def choose(config: FinetuneConfig, resolved: Resolved, shape: Shape, tokens: int
     return chosen
 
 
-def ways(config: FinetuneConfig, capability: tuple[int, int], hidden: int) -> Iterator[tuple[Held, Checkpointing]]:
+def ways(config: FinetuneConfig, capability: tuple[int, int], hidden: int) -> Iterator[tuple[FrozenWeights, Checkpointing]]:
     """What is wanted and can be had here for a model of that width, fastest first.
 
     >>> list(ways(FinetuneConfig(backend="fast", gradient_checkpointing="auto"), (8, 0), 4096))
     [('plain', 'none'), ('plain', 'full'), ('nf4', 'none'), ('nf4', 'full')]
     """
-    fastest: tuple[Held, ...] = ("fp8",) if capability >= FP8_CAPABILITY and hidden >= FP8_HIDDEN else ("plain",)
-    on_gpu: tuple[Held, ...] = (*fastest, "nf4") if capability > (0, 0) else ("plain",)
+    fastest: tuple[FrozenWeights, ...] = ("fp8",) if capability >= FP8_CAPABILITY and hidden >= FP8_HIDDEN else ("plain",)
+    on_gpu: tuple[FrozenWeights, ...] = (*fastest, "nf4") if capability > (0, 0) else ("plain",)
     held = on_gpu if config.frozen_weights == "auto" else (config.frozen_weights,)
     kept: tuple[Checkpointing, ...] = ("none", "full")
     return product(held, kept if config.gradient_checkpointing == "auto" else (_checkpointing(config),))

@@ -21,13 +21,15 @@ Source of rowwise fp8: torchao.float8 "rowwise", which quantizes a frozen weight
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-Kind = Literal["plain", "fp8", "fp8-backward", "nf4"]
+from tasks.config import FrozenWeights
+
+Kind = FrozenWeights
 F8 = torch.float8_e4m3fn
 F8_MAX = 448.0
 """Largest e4m3 value. Source: OCP 8-bit floating point specification."""

@@ -41,6 +41,9 @@ def correct(session: Session, found: dict[str, Any]) -> None:
 
 def capped(session: Session, found: dict[str, Any]) -> None:
     """Trainings with a cap on the GPU memory of the process, and what the driver saw at most."""
+    if session.rehearse:
+        found["skipped"] = "the memory of a GPU is capped, and there is none"
+        return
     for gib in CAPS_GIB:
         found[f"{gib:g}_gib"] = worker(session, f"capped-{gib:g}", "capped", str(gib))
 

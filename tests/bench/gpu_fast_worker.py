@@ -1,6 +1,6 @@
 """One measurement of the fast backend in a process of its own; ends with a line `RESULT {...}`.
 
-python -m tests.bench.gpu_fast_worker profile|correct|capped MODEL_DIR DATA_DIR DEVICE [plain|fp8|GIB]
+python -m tests.bench.gpu_fast_worker profile|correct|capped MODEL_DIR DATA_DIR DEVICE [HELD|GIB]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 
 from tasks.backends.packed import Collator
+from tests.bench.gpu_session import LLAMA3_8B
 from tests.nearness import Rows, adapter_of, gradients, packed, relative, row_by_row
 
 WARM, PROFILED = 6, 4
@@ -30,16 +31,8 @@ DRIVER_GIB = 0.6
 STEPS, WINDOWS = 4, 3
 TEXTS, TOKENS = 8, 512
 """Of the comparison with float32."""
-WIDE: dict[str, Any] = {
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "rope_theta": 500_000.0,
-    "tie_word_embeddings": False,
-}
-"""Llama-3-8B's, but for the number of layers."""
+LAYERS = 2
+"""Of Llama-3-8B, in that comparison."""
 
 
 def profile(model: Path, data: Path, device: str, held: str) -> dict[str, Any]:
@@ -150,12 +143,12 @@ def loaded(model: Path, dtype: torch.dtype, device: str) -> Any:
 
 
 def wide(dtype: torch.dtype, device: str, seed: int) -> Any:
-    """Two layers as wide as Llama-3-8B's, with random weights."""
+    """The first layers of Llama-3-8B's shape, with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     with torch.device(device):  # drawn there: on the CPU it takes a minute
-        base = LlamaForCausalLM(LlamaConfig(**WIDE, vocab_size=49_152, attn_implementation="sdpa"))
+        base = LlamaForCausalLM(LlamaConfig(**LLAMA3_8B | {"num_hidden_layers": LAYERS}, attn_implementation="sdpa"))
     return with_adapter(base.to(torch.bfloat16).to(dtype))
 
 

@@ -34,9 +34,10 @@ SMALL_TRAIN, SMALL_ROWS, JUDGED = 630, 600, 70
 SMALL_STEPS = 150
 RECIPES = ("as-written", "default")
 ARMS = ("as-written", "default", "fast")
-"""Of the small model; fast is trained in two ways, from the same packs."""
+"""Of the small model."""
+TURNS = (1, 3)
 SPEED_ROWS = 4000
-"""Products whose packs and texts `amazon-ft bench train` gets."""
+"""Products whose packs and texts `amazon-ft bench train` gets, in conversations of so many turns."""
 PARTS = 2
 
 
@@ -71,10 +72,10 @@ def stand_in(tokenizer: Path, target: Path) -> Path:
     return target
 
 
-def run_data_stages(home: Path, recipe: str, settings: Iterable[str], until: str = "tokenize") -> dict[str, Any]:
-    """`amazon-ft run RECIPE --until STAGE` under a root; what it told."""
+def run_data_stages(home: Path, recipe: str, settings: Iterable[str]) -> dict[str, Any]:
+    """`amazon-ft run RECIPE --until tokenize` under a root; what it told."""
     options = [word for setting in settings for word in ("--set", setting)]
-    command = [sys.executable, "-m", "flows.cli", "run", recipe, "--until", until, "--json", *options]
+    command = [sys.executable, "-m", "flows.cli", "run", recipe, "--until", "tokenize", "--json", *options]
     done = subprocess.run(command, env=os.environ | {"AMAZON_FT_HOME": str(home)}, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -156,17 +157,15 @@ def prepare_small(home: Path, products: Path, target: Path) -> None:
 
 def prepare_speed(home: Path, source: Path, model: Path, rows: int) -> None:
     """speed/: packs.arrow and texts.json of the same products in conversations of one turn and of three."""
-    scratch = home.with_name("speed")
-    for turns in (1, 3):
-        few = [f"sample.rows={min(SPEED_ROWS, rows // 2)}", f"sharegpt.conversation_extension={turns}"]
-        told = run_data_stages(scratch, "fast", [*data_settings(source, model, rows), *few], until="pack")
-        stages = {entry["name"]: scratch / entry["path"] for entry in told["stages"]}
-        target = home / "speed" / f"turns-{turns}"
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(stages["pack"] / "packs.arrow", target / "packs.arrow")
-        with pa.memory_map(str(stages["template"] / "texts.arrow")) as file:
-            texts = pa.ipc.open_stream(file).read_all()["text"].to_pylist()
-        (target / "texts.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
+    from flows.bench.train_data import make_data
+    from flows.recipes import load_recipe
+    from tasks.modeldir import directory_model
+
+    os.environ["AMAZON_FT_HOME"] = str(home.with_name("speed"))
+    few = [*data_settings(source, model, rows), f"sample.rows={min(SPEED_ROWS, rows // 2)}"]
+    for turns in TURNS:
+        recipe = load_recipe("fast", [*few, f"sharegpt.conversation_extension={turns}"])
+        make_data(recipe, directory_model(model, name=model.name), home / "speed" / f"turns-{turns}")
 
 
 def archive(home: Path, target: Path) -> None:

@@ -1,9 +1,9 @@
 """The document's job on one GPU, measured: all of it in one go, or phase by phase, without network; results as JSON.
 
-usage: python -m tests.bench.gpu_session CARRIED WORK RESULTS [--phases setup,timing,steps,speed,small+tests,deployed]
+usage: python -m tests.bench.gpu_session CARRIED WORK RESULTS [--phases setup,timing,...] [--rehearse]
 
-Phases with a plus between them run at the same time, which times nothing but all of them. Two sessions on one WORK, after its
-setup, may run on a GPU each (CUDA_VISIBLE_DEVICES), with results of their own.
+All phases run unless some are named. Phases with a plus between them run at the same time, which times nothing but all of
+them. Two sessions on one WORK, after its setup, may run on a GPU each (CUDA_VISIBLE_DEVICES), with results of their own.
 
 CARRIED is what tests/bench/gpu_prepare.py made on a CPU machine. WORK is scratch that later phases find again. RESULTS is
 written all the while, so that a killed session keeps what it has measured.
@@ -247,7 +247,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("carried", "work", "results"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--phases", default="setup,timing,steps,speed,small+tests,deployed")
+    parser.add_argument("--phases", default="setup,timing,steps,speed,capped,alone,small,versions+tests+correct,deployed,profile")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
     groups = [group.split("+") for group in options.phases.split(",")]

