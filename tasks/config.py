@@ -209,8 +209,8 @@ class FinetuneConfig(Section):
     """`auto` (backend fast): none where the free memory allows, else full."""
     frozen_weights: Literal["auto", FrozenWeights] = "auto"
     """Backend fast: how the base model's matrices lie in memory. `plain`: in the compute type; `fp8`: rowwise e4m3, from
-    compute capability 8.9; `fp8-backward`: so for gradients only, the forward pass as in `plain`; `auto`: the fastest that the
-    GPU has and that fits, fp8 only for models at least 2,048 wide."""
+    compute capability 8.9; `fp8-backward`: so for gradients only, and not through the attention's output map, the forward pass
+    as in `plain`; `auto`: the fastest that the GPU has and that fits, fp8 only for models at least 2,048 wide."""
     seed: Seed = 3407
     logging_steps: int = Field(default=10, ge=1)
     save_steps: int = Field(default=100, ge=1)
