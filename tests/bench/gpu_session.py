@@ -247,7 +247,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("carried", "work", "results"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--phases", default="setup,timing,steps,speed,capped,alone,small,versions+tests+correct,deployed,profile")
+    parser.add_argument("--phases", default="setup,timing,steps,speed,capped,alone,small+versions+tests+correct,deployed,profile")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
     groups = [group.split("+") for group in options.phases.split(",")]
