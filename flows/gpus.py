@@ -84,7 +84,11 @@ def _first_free(gpus: Sequence[Gpu]) -> tuple[Gpu, int]:
 
 def _lock(gpu: Gpu) -> int | None:
     path = Path(tempfile.gettempdir()) / f"amazon-ft-{gpu.uuid}.lock"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        handle = os.open(path, os.O_RDONLY)  # another user's may only be read, and that suffices to lock it
+    except FileNotFoundError:
+        handle = os.open(path, os.O_RDONLY | os.O_CREAT)
+        os.fchmod(handle, 0o644)  # whatever the umask
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

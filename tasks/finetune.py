@@ -77,7 +77,7 @@ def left_behind(key: str) -> str | None:
 
 def _prepare(model: Model, batches: Artifact, config: FinetuneConfig, weights: WeightsConfig, device: str) -> Resolved:
     """Refuse early what can't work, and decide what the request leaves open."""
-    from tasks.backends import hardware, memory
+    from tasks.backends import choice, hardware, loading, memory
 
     if not batches.rows:
         raise InputError(
@@ -85,15 +85,16 @@ def _prepare(model: Model, batches: Artifact, config: FinetuneConfig, weights: W
         )
     hardware.check_model(model)
     resolved = hardware.resolve(config, weights, device)
+    if config.backend == "fast":
+        choice.check_model(Path(model.path), resolved.dtype)
     shape, free = memory.read_shape(Path(model.path)), hardware.free_gib(device)
     if shape is None:
         return resolved
     tokens = config.batch_size * _longest_row(_rows(batches))
     if config.backend == "fast":
-        from tasks.backends import choice
-
         resolved = choice.choose(config, resolved, shape, tokens, free)
-    estimate = resolved.estimated_gib or memory.estimate_gib(shape, config, resolved, tokens)
+    loaded = resolved.model_copy(update={"load_in_4bit": resolved.load_in_4bit or loading.is_in_4bit(Path(model.path))})
+    estimate = resolved.estimated_gib or memory.estimate_gib(shape, config, loaded, tokens)
     if free is not None:
         memory.check_memory(estimate, free, config)
     return resolved.model_copy(update={"estimated_gib": estimate, "free_gib": free})
@@ -111,17 +112,30 @@ def _longest_row(path: Path) -> int:
         return max((int(batch["input_ids"].value_lengths().to_numpy().max(initial=0)) for batch in reader), default=0)
 
 
-def _pin(path: Path, resolved: Resolved) -> Resolved:
-    """What the training began with, if it began before; else what was resolved now, from now on."""
+def _pin(path: Path, resolved: Resolved, config: FinetuneConfig) -> Resolved:
+    """What the training began with, if it began before; else what was resolved now, from now on.
+
+    Raises:
+        InputError: when it began in a way that the GPU at hand can't go on in.
+    """
+    from tasks.backends import choice, memory
+
     if not path.is_file():
         files.write_atomic(path, resolved.model_dump_json(indent=1).encode())
         return resolved
     pinned = Resolved.model_validate_json(path.read_bytes())
-    if pinned.dtype == "bfloat16" and resolved.dtype == "float16":
+    fp8 = choice.is_fp8(pinned.frozen_weights)
+    missing = [
+        *(["bfloat16"] if pinned.dtype == "bfloat16" and resolved.dtype == "float16" else []),
+        *(["fp8"] if fp8 and choice.compute_capability(resolved.device) < choice.FP8_CAPABILITY else []),
+    ]
+    if missing:
         raise InputError(
-            f"finetune: {path} was begun in bfloat16: got {resolved.device_name}, which has none; expected a GPU like "
+            f"finetune: {path} was begun in {missing[0]}: got {resolved.device_name}, which has none; expected a GPU like "
             f"{pinned.device_name}. Resume there, or delete the directory to begin anew."
         )
+    if pinned.estimated_gib is not None and resolved.free_gib is not None:
+        memory.check_memory(pinned.estimated_gib, resolved.free_gib, config)
     return pinned
 
 
@@ -194,7 +208,7 @@ def finetune(
     `held_out` is the tokens.arrow whose loss is looked at every config.eval_steps; None without them.
     """
     with locks.work_directory(current_key(), waiting=_wait_for) as work:
-        resolved, peak_gib = _pin(work / RESOLVED, _prepare(model, batches, config, weights, device)), None
+        resolved, peak_gib = _pin(work / RESOLVED, _prepare(model, batches, config, weights, device), config), None
         looked_at = _rows(held_out) if held_out and held_out.rows else None
         job = Job(model, _rows(batches), batches.kind == "packs", config, max_tokens, resolved, work, held_out=looked_at)
         for _ in range(2):  # the second time if the best step's checkpoint turns out to be gone

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from flows.recipes import load_recipe
-from tasks.backends import frozen, hardware, memory
+from tasks.backends import Job, frozen, hardware, memory
 from tasks.backends.checkpoints import checkpoints, is_last
-from tasks.backends.choice import choose
-from tasks.backends.fast import Lengths, check_architecture, measure
+from tasks.backends.choice import check_model, choose
+from tasks.backends.fast import LENGTHS, Lengths, collator, measure
 from tasks.backends.hf import add_adapter
 from tasks.backends.linear_loss import linear_loss
 from tasks.backends.loading import load_base
@@ -139,6 +141,16 @@ def test_a_row_is_not_moved_by_its_neighbours(model: Model) -> None:
     assert (with_one - with_other).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["fp8", "fp8-backward"])
+def test_maps_without_any_adapter_train_in_fp8(model: Model, kind: frozen.Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_product)
+    lora = LoraSection(target_modules=("q_proj", "v_proj"))
+    plain, wrapped = tiny_llama(model, torch.bfloat16, lora), tiny_llama(model, torch.bfloat16, lora)
+    packed(plain, ROWS)
+    packed(wrapped, ROWS, kind=kind)
+    assert relative(gradients(wrapped), gradients(plain)) < 0.15
+
+
 def test_a_module_without_an_adapter_stays_as_it_is(model: Model) -> None:
     lora = LoraSection(r=3, alpha=4, target_modules=("v_proj", "up_proj"), use_rslora=True)
     wrapped = tiny_llama(model, torch.float32, lora)
@@ -157,6 +169,23 @@ def test_the_collator_lays_rows_end_to_end() -> None:
     assert batch["positions"].tolist() == [0, 1, 2, 4, 5, 0, 0, 0]
     assert batch["shift_labels"].tolist() == [7, 8, 1, 9, 1, -100, -100, -100]
     assert batch["attention_mask"].sum() == 7
+
+
+def test_a_pack_without_labels_teaches_nothing(model: Model) -> None:
+    wrapped = tiny_llama(model, torch.float32)
+    loss, _ = packed(wrapped, [{"input_ids": [0, 7, 8, 9], "labels": [-100] * 4}])
+    assert loss == 0
+    assert all(not grad.any() for grad in gradients(wrapped).values())
+
+
+@pytest.mark.parametrize(("packed", "tokens"), [(True, 8064), (False, 768)])
+def test_a_gpu_sees_few_lengths(packed: bool, tokens: int, model: Model, tmp_path: Path) -> None:
+    config = FinetuneConfig(backend="fast", batch_size=4, gradient_checkpointing="none")
+    resolved = hardware.resolve(config, WeightsConfig(load_in_4bit=False), "cpu").model_copy(update={"device": "cuda"})
+    job = Job(model, tmp_path, packed, config, 2048, resolved, tmp_path)
+    made = collator(job, Lengths(pack=2000 if packed else 1100, row=1100, rows=3))
+    assert made.tokens == tokens
+    assert packed or -(-4 * 1100 // made.tokens) <= LENGTHS
 
 
 @settings(deadline=None, max_examples=20)
@@ -283,17 +312,28 @@ def test_killed_and_run_again_it_equals_an_uninterrupted_training_to_the_bit(
 
 @pytest.mark.parametrize("kind", ["nf4", "plain"])
 def test_a_base_model_stored_in_nf4_is_trained_as_it_is_or_unpacked(kind: frozen.Kind, tmp_path: Path) -> None:
-    model = tiny_reference(make_tiny_model(tmp_path / "wide", hidden=64))
+    path = make_tiny_model(tmp_path / "wide", hidden=64)
     with torch.no_grad():  # a forward pass on the CPU repacks the weights, so each has its own
-        wanted = in_nf4(model)(input_ids=torch.tensor([ROWS[0]["input_ids"]])).logits[0].float()
-    wrapped = in_nf4(model)
+        wanted = in_4bit(path)(input_ids=torch.tensor([ROWS[0]["input_ids"]])).logits[0].float()
+    wrapped = in_4bit(path)
     got = packed(wrapped, ROWS[:1], kind=kind)[1].float()
     assert (got - wanted).norm() < 0.02 * wanted.norm()
     assert all(grad.abs().sum() > 0 for name, grad in gradients(wrapped).items() if "lora_A" not in name)
 
 
-def in_nf4(model: Model) -> Any:
-    return add_adapter(load_base(Path(model.path), "bfloat16", load_in_4bit=True, device="cpu"), LORA)
+def in_4bit(path: Path) -> Any:
+    return add_adapter(load_base(path, "bfloat16", load_in_4bit=True, device="cpu"), LORA)
+
+
+@pytest.mark.parametrize(("left_out", "quant_type"), [(("o_proj", "gate_proj"), "nf4"), ((), "fp4")])
+def test_what_is_not_stored_in_nf4_is_held_in_sixteen_bits(tmp_path: Path, left_out: tuple[str, ...], quant_type: str) -> None:
+    stored = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quant_type, llm_int8_skip_modules=["lm_head", *left_out])
+    base = make_tiny_model(tmp_path / "base", hidden=64)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=stored).save_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted = in_4bit(tmp_path)(input_ids=torch.tensor([ROWS[0]["input_ids"]])).logits[0].float()
+    got = packed(in_4bit(tmp_path), ROWS[:1], kind="nf4")[1].float()
+    assert (got - wanted).norm() < 0.02 * wanted.norm()
 
 
 def test_what_fits_is_chosen_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -324,12 +364,17 @@ def test_fp8_is_refused_where_there_is_none(model: Model, kind: str) -> None:
         train(model, tiny_tokens(4), **FAST, frozen_weights=kind)
 
 
-def test_another_architecture_is_refused(model: Model) -> None:
-    config = AutoModelForCausalLM.from_pretrained(model.path).config
-    check_architecture(config, "bfloat16")
-    config.attention_bias = True
-    with pytest.raises(ConfigError, match=r"got biases True, dtype float16; expected a Llama .* Set finetune.backend=hf"):
-        check_architecture(config, "float16")
+def test_another_architecture_is_refused_before_it_is_loaded(model: Model, tmp_path: Path) -> None:
+    check_model(Path(model.path), "bfloat16")
+    config = json.loads((Path(model.path) / "config.json").read_text())
+    other = {"attention_bias": True, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(config | other))
+    with pytest.raises(ConfigError, match=r"got biases True, dtype float16, weights gptq; expected .* Set finetune.backend=hf"):
+        check_model(tmp_path, "float16")
+    shutil.copytree(model.path, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ConfigError, match="got model_type gpt2; expected a Llama"):
+        train(tiny_reference(tmp_path), tiny_tokens(4), **FAST)
 
 
 def test_the_sizes_of_packs_are_read_without_their_tokens() -> None:

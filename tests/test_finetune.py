@@ -23,9 +23,10 @@ from tasks import locks
 from tasks.backends import hardware, memory
 from tasks.backends.checkpoints import checkpoints, is_last, step_of
 from tasks.backends.held_out import best_step, has_stopped_improving
+from tasks.backends.loading import is_in_4bit, load_base
 from tasks.backends.watch import StepRecord, Verdict, read_log
-from tasks.config import FinetuneConfig
-from tasks.finetune import adapter_config, finetune, left_behind, summarize
+from tasks.config import FinetuneConfig, WeightsConfig
+from tasks.finetune import _pin, adapter_config, finetune, left_behind, summarize
 from tasks.refs import Adapter, Artifact, ConfigError, DivergedError, InputError, Model, PipelineError
 from tests.prepared import rows_of
 from tests.tiny import make_tiny_model, publish_rows, tiny_reference, tiny_row, tiny_tokens
@@ -325,6 +326,57 @@ def test_a_full_memory_names_three_settings(model: Model, monkeypatch: pytest.Mo
         train(model, tiny_tokens(4))
     for setting in ("finetune.batch_size", "finetune.gradient_checkpointing=full", "tokenize.max_tokens"):
         assert setting in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        (
+            {"backend": "fast", "batch_size": 1, "gradient_checkpointing": "auto"},
+            "Set finetune.frozen_weights=nf4 (now auto), or",
+        ),
+        ({"backend": "hf", "batch_size": 1, "gradient_checkpointing": "full"}, "Lower tokenize.max_tokens"),
+        ({"batch_size": 2, "gradient_checkpointing": "full"}, "Set finetune.gradient_checkpointing=unsloth (now full), or lower"),
+    ],
+)
+def test_only_what_can_still_go_down_is_advised(changes: dict[str, Any], advice: str) -> None:
+    config = FinetuneConfig(**changes)
+    assert memory.memory_advice(config).startswith(advice)
+    assert ("finetune.batch_size" in memory.memory_advice(config)) == (config.batch_size > 1)
+
+
+@pytest.mark.parametrize(
+    ("began", "message"),
+    [
+        ({"dtype": "bfloat16"}, r"was begun in bfloat16: got Tesla T4, which has none; expected a GPU like NVIDIA H100"),
+        ({"frozen_weights": "fp8"}, r"was begun in fp8: got Tesla T4, which has none"),
+        (
+            {"estimated_gib": {"weights": 15.0, "total": 60.0}},
+            r"too little GPU memory: got 15.0 GiB free; expected at least 60.0",
+        ),
+    ],
+)
+def test_a_training_is_not_resumed_where_it_cannot_go_on(
+    began: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.backends.choice.compute_capability", lambda _: (7, 5))
+    config = FinetuneConfig(backend="hf", gradient_checkpointing="full")
+    now = hardware.resolve(config, WeightsConfig(), "cpu").model_copy(
+        update={"dtype": "float16", "device": "cuda", "device_name": "Tesla T4", "free_gib": 15.0}
+    )
+    then = now.model_copy(update={"device_name": "NVIDIA H100", **began})
+    assert _pin(tmp_path / "resolved.json", then, config) == then
+    with pytest.raises(InputError, match=message):
+        _pin(tmp_path / "resolved.json", now, config)
+
+
+def test_a_base_stored_in_4_bits_computes_in_the_type_that_was_resolved(model: Model, tmp_path: Path) -> None:
+    import torch
+
+    load_base(Path(model.path), "bfloat16", load_in_4bit=True, device="cpu").save_pretrained(tmp_path)
+    assert is_in_4bit(tmp_path)
+    loaded = load_base(tmp_path, "float16", load_in_4bit=False, device="cpu")
+    assert {module.compute_dtype for module in loaded.modules() if hasattr(module, "compute_dtype")} == {torch.float16}
 
 
 def test_too_little_gpu_memory_is_refused_part_by_part(tmp_path: Path, model: Model) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from typing import Literal
 
 from tasks.backends import Resolved
@@ -35,7 +37,7 @@ def choose(config: FinetuneConfig, resolved: Resolved, shape: Shape, tokens: int
         ConfigError: for fp8 on a GPU without it.
     """
     capability = compute_capability(resolved.device)
-    if config.frozen_weights in ("fp8", "fp8-backward") and capability < FP8_CAPABILITY:
+    if is_fp8(config.frozen_weights) and capability < FP8_CAPABILITY:
         raise ConfigError(
             f"finetune.frozen_weights: {resolved.device_name} has no fp8: got {config.frozen_weights}; "
             "expected auto, plain or nf4. Set finetune.frozen_weights=auto."
@@ -50,6 +52,42 @@ def choose(config: FinetuneConfig, resolved: Resolved, shape: Shape, tokens: int
             break
     _tell(chosen)
     return chosen
+
+
+def check_model(path: Path, dtype: str) -> None:
+    """Refuse a model that packed.py does not compute, by its config.json.
+
+    Raises:
+        ConfigError: naming the backend that can.
+    """
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    stored = config.get("quantization_config")
+    got: dict[str, object] = {
+        "model_type": config.get("model_type"),
+        "hidden_act": config.get("hidden_act", "silu"),
+        "biases": bool(config.get("attention_bias") or config.get("mlp_bias")),
+        "dtype": dtype,
+        "weights": "16 bits" if stored is None else "4 bits" if stored.get("load_in_4bit") else stored.get("quant_method"),
+    }
+    wanted: dict[str, tuple[object, ...]] = {
+        "model_type": ("llama",),
+        "hidden_act": ("silu",),
+        "biases": (False,),
+        "dtype": ("bfloat16", "float32"),
+        "weights": ("16 bits", "4 bits"),
+    }
+    wrong = [f"{name} {got[name]}" for name, allowed in wanted.items() if got[name] not in allowed]
+    if wrong:
+        raise ConfigError(
+            f"finetune.backend: the fast backend can't train this model: got {', '.join(wrong)}; expected a Llama without "
+            "biases, its weights in 16 bits or in 4 by bitsandbytes, in bfloat16 or float32. "
+            "Set finetune.backend=hf finetune.gradient_checkpointing=full."
+        )
+
+
+def is_fp8(held: str) -> bool:
+    """Whether a way to hold the matrices needs fp8 matrix products."""
+    return held in ("fp8", "fp8-backward")
 
 
 def ways(config: FinetuneConfig, capability: tuple[int, int], hidden: int) -> Iterator[tuple[FrozenWeights, Checkpointing]]:
@@ -93,4 +131,4 @@ def compute_capability(device: str) -> tuple[int, int]:
     return torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
 
 
-__all__ = ["choose", "compute_capability", "ways"]
+__all__ = ["FP8_CAPABILITY", "check_model", "choose", "compute_capability", "is_fp8", "ways"]

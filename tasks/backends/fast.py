@@ -16,15 +16,14 @@ from tasks.backends import Job, Progress
 from tasks.backends.hf import add_adapter
 from tasks.backends.loading import load_base, load_tokenizer
 from tasks.backends.trainer import read_rows, run, sft_arguments
-from tasks.refs import ConfigError
 
 if TYPE_CHECKING:
     from tasks.backends.packed import Collator, PackedLlama
 
 ONLY_TRL = ("dataset_kwargs",)
 """Arguments of trainer.sft_arguments that transformers.TrainingArguments does not know."""
-LENGTH_STEP = 1024
-"""Rows that are not packed are filled up to a multiple of this on a GPU, where each length is compiled anew."""
+LENGTHS = 6
+"""Rows that are not packed are filled up to so many lengths on a GPU, which compiles each anew, and torch at most eight."""
 EVEN = 128
 """Packs are filled up to a multiple of this on a GPU, whose matrix products like even sizes."""
 SLICE_STEP = 2048
@@ -38,7 +37,6 @@ class FastBackend:
         """Train on packs, or on rows laid end to end; see tasks.backends.Backend."""
         resolved = job.resolved
         model = load_base(Path(job.model.path), resolved.dtype, load_in_4bit=resolved.load_in_4bit, device=resolved.device)
-        check_architecture(model.config, resolved.dtype)
         return run(job, make_trainer(job, add_adapter(model, job.config.lora), load_tokenizer(job.model)), progress)
 
 
@@ -119,35 +117,19 @@ def collator(job: Job, lengths: Lengths) -> Collator:
 
     if job.resolved.device == "cpu":
         return Collator()
-    tokens = -(-job.config.batch_size * lengths.pack // EVEN) * EVEN if job.packed else LENGTH_STEP
+    most = job.config.batch_size * lengths.pack
+    tokens = round_up(most if job.packed else -(-most // LENGTHS), EVEN)
     rows = job.config.batch_size * lengths.rows + -(-tokens // lengths.row)
     return Collator(tokens=tokens, longest=lengths.row, rows=rows, slice=SLICE_STEP)
 
 
-def check_architecture(config: Any, dtype: str) -> None:
-    """Refuse what packed.py does not compute.
+def round_up(size: int, step: int) -> int:
+    """The next multiple of a step.
 
-    Raises:
-        ConfigError: naming the backend that can.
+    >>> round_up(8100, 128)
+    8192
     """
-    got = {
-        "model_type": config.model_type,
-        "hidden_act": config.hidden_act,
-        "biases": bool(getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)),
-        "dtype": dtype,
-    }
-    wanted: dict[str, tuple[object, ...]] = {
-        "model_type": ("llama",),
-        "hidden_act": ("silu",),
-        "biases": (False,),
-        "dtype": ("bfloat16", "float32"),
-    }
-    wrong = [f"{name} {got[name]}" for name, allowed in wanted.items() if got[name] not in allowed]
-    if wrong:
-        raise ConfigError(
-            f"finetune.backend: the fast backend can't train this model: got {', '.join(wrong)}; expected a Llama without "
-            "biases in bfloat16 or float32. Set finetune.backend=hf finetune.gradient_checkpointing=full."
-        )
+    return -(-size // step) * step
 
 
-__all__ = ["FastBackend", "check_architecture", "collator", "make_trainer", "measure", "settings", "take_over"]
+__all__ = ["FastBackend", "collator", "make_trainer", "measure", "round_up", "settings", "take_over"]

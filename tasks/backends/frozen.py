@@ -114,6 +114,8 @@ def refresh(kind: Kind, base: Sequence[Tensor], a: Tensor, b: Tensor) -> None:
 
 
 def _put(weight: Tensor, start: int, scale: Tensor, columns: Tensor, balance: Tensor) -> None:
+    if not columns.shape[1]:
+        return  # maps without an adapter
     room = F8_MAX * scale.t() / columns.abs().amax(1, keepdim=True).clamp(min=1e-20)
     balance.copy_(room.min().clamp(max=MAX_BALANCE))
     scaled = columns * balance / scale.t()
@@ -216,4 +218,4 @@ def _unpack(packed: Tensor, scales: Tensor, x: Tensor, b: Tensor) -> Tensor:
 FREEZE = {"plain": freeze_plain, "fp8": freeze_fp8, "fp8-backward": freeze_fp8_backward}
 """{kind: a function of W and a rank}; nf4 takes what bitsandbytes has packed."""
 
-__all__ = ["FREEZE", "Kind", "adapter_matrices", "apply", "freeze_nf4", "padded_rank", "refresh"]
+__all__ = ["FREEZE", "NF4_BLOCK", "Kind", "adapter_matrices", "apply", "freeze_nf4", "padded_rank", "refresh"]

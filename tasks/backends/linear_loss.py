@@ -24,9 +24,9 @@ SLICE = 2048
 def linear_loss(hidden: Tensor, weight: Tensor, targets: Tensor, items: Tensor | int, *, compiled: bool) -> Tensor:
     """Sum of the rows' negative log-likelihoods over `items`.
 
-    hidden (rows, width), weight (vocabulary, width), targets (rows,); rows with target -100 are left out.
+    hidden (rows, width), weight (vocabulary, width), targets (rows,); rows with target -100 are left out. 0 where none is left.
     """
-    scale = 1 / torch.as_tensor(items, device=hidden.device, dtype=torch.float32)
+    scale = 1 / torch.as_tensor(items, device=hidden.device, dtype=torch.float32).clamp(min=1)
     return _LinearLoss.apply(hidden, weight, targets, scale, _slice_function(compiled))  # type: ignore[no-any-return]
 
 
@@ -34,7 +34,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         hidden, weight, targets, scale, of_slice = args
-        grad, losses = torch.empty_like(hidden), []
+        grad, losses = torch.empty_like(hidden), [torch.zeros_like(scale)]
         for start in range(0, len(hidden), SLICE):
             rows = slice(start, start + SLICE)
             loss, grad[rows] = of_slice(hidden[rows], weight, targets[rows], scale)

@@ -17,7 +17,7 @@ def load_base(path: Path, dtype: str, *, load_in_4bit: bool, device: str) -> Any
     number = getattr(torch, dtype)
     # None would hide the quantization that a directory's own config.json tells of
     quantize = {"quantization_config": _nf4(number)} if load_in_4bit and not is_quantized(path) else {}
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         str(path),
         dtype=number,
         device_map={"": device},
@@ -25,6 +25,10 @@ def load_base(path: Path, dtype: str, *, load_in_4bit: bool, device: str) -> Any
         local_files_only=True,
         **quantize,
     )
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):  # a directory's own config.json may ask for one that the GPU lacks
+            module.compute_dtype = number
+    return model
 
 
 def load_tokenizer(model: Model) -> Any:
@@ -40,6 +44,11 @@ def load_tokenizer(model: Model) -> Any:
 def is_quantized(path: Path) -> bool:
     """Whether the directory's weights are stored quantized."""
     return "quantization_config" in json.loads((path / "config.json").read_text())
+
+
+def is_in_4bit(path: Path) -> bool:
+    """Whether the directory's weights are stored in 4 bits by bitsandbytes."""
+    return bool(json.loads((path / "config.json").read_text()).get("quantization_config", {}).get("load_in_4bit"))
 
 
 def _nf4(number: Any) -> Any:

@@ -101,14 +101,32 @@ def check_memory(estimate: dict[str, float], free_gib: float, config: FinetuneCo
 
 
 def memory_advice(config: FinetuneConfig) -> str:
-    """The three settings that save memory, with values to try."""
+    """The settings that save memory and can still go down, with values to try.
+
+    >>> memory_advice(FinetuneConfig(backend="hf", batch_size=1, gradient_checkpointing="full"))
+    'Lower tokenize.max_tokens (pack.tokens when packing) or finetune.lora.r (now 16).'
+    """
     lighter = "unsloth" if config.backend == "unsloth" else "full"
-    halved = max(1, config.batch_size // 2)
-    return (
-        f"Lower finetune.batch_size (now {config.batch_size}; {halved} with twice the gradient_accumulation trains the same), "
-        f"set finetune.gradient_checkpointing={lighter} (now {config.gradient_checkpointing}), "
-        "or lower tokenize.max_tokens (pack.tokens when packing)."
-    )
+    halved = f"{config.batch_size // 2} with twice the gradient_accumulation trains the same"
+    nf4 = config.backend == "fast" and config.frozen_weights != "nf4"
+    advice = [
+        *([f"finetune.batch_size (now {config.batch_size}; {halved})"] if config.batch_size > 1 else []),
+        "tokenize.max_tokens (pack.tokens when packing)",
+        f"finetune.lora.r (now {config.lora.r})",
+    ]
+    switch = [
+        *([f"finetune.frozen_weights=nf4 (now {config.frozen_weights})"] if nf4 else []),
+        *(
+            [f"finetune.gradient_checkpointing={lighter} (now {config.gradient_checkpointing})"]
+            if config.gradient_checkpointing not in (lighter, "auto")
+            else []
+        ),
+    ]
+    return f"{f'Set {_or(switch)}, or lower' if switch else 'Lower'} {_or(advice)}."
+
+
+def _or(names: list[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -122,7 +140,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def training_errors_explained(job: Job) -> Generator[None]:
-    """Turn running out of memory into a PipelineError that names the three settings to change and the checkpoint kept."""
+    """Turn running out of memory into a PipelineError that names the settings to change and the checkpoint kept."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

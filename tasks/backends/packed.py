@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import accumulate, pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -37,16 +37,23 @@ EXACT_BACKWARD = ("o_proj",)
 """Left in the compute type by fp8-backward. The attention's output map is 8 % of a Llama-3-8B layer's weights; with it in fp8
 too, the gradients of two such layers were 0.060 from float32's, without it 0.054 (tests/bench/LOG.md)."""
 
-Map = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]
-"""A group's frozen tensors, and its adapters' A and B."""
+
+class Map(NamedTuple):
+    """A group's frozen matrices and its adapters."""
+
+    kind: Kind
+    base: tuple[Tensor, ...]
+    """The frozen tensors, as frozen.py lays them out."""
+    downs: tuple[Tensor, ...]
+    """A of each map, (rank, in)."""
+    ups: tuple[Tensor, ...]
+    """B of each map, (out, rank)."""
 
 
 @dataclass(frozen=True)
 class Shape:
     """What a block must know beside its tensors."""
 
-    kinds: tuple[Kind, ...]
-    """How the matrices of each of GROUPS are held."""
     query_heads: int
     key_heads: int
     head_size: int
@@ -65,16 +72,11 @@ class PackedLlama:
         llama, config = wrapped.get_base_model(), wrapped.config
         self._body, self._head = llama.model, llama.lm_head.weight
         dtype = self._body.embed_tokens.weight.dtype
-        kinds = kinds_of(kind)
-        maps = [
-            [take_over(getattr(layer, part), names, held, dtype) for (part, names), held in zip(GROUPS, kinds, strict=True)]
-            for layer in self._body.layers
-        ]
+        maps = [[take_over(getattr(layer, part), names, kind, dtype) for part, names in GROUPS] for layer in self._body.layers]
         norms = [(layer.input_layernorm.weight, layer.post_attention_layernorm.weight) for layer in self._body.layers]
         self._layers = list(zip(maps, norms, strict=True))
         size = self._body.layers[0].self_attn.head_dim
         self._shape = Shape(
-            kinds=kinds,
             query_heads=config.num_attention_heads,
             key_heads=config.num_key_value_heads,
             head_size=size,
@@ -112,7 +114,7 @@ def block(
     x: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor, maps: Sequence[Map], norms: tuple[Tensor, Tensor], shape: Shape
 ) -> Tensor:
     """One decoder layer: x (T, W) to (T, W); rows begin and end at `bounds`."""
-    into_heads, out_of_heads, widen, narrow = zip(shape.kinds, maps, strict=True)
+    into_heads, out_of_heads, widen, narrow = maps
     heads = _apply(into_heads, rms_norm(x, norms[0], shape.epsilon), shape).view(len(x), -1, shape.head_size)  # (T, H + 2G, D)
     q, k, v = heads.split([shape.query_heads, shape.key_heads, shape.key_heads], 1)
     mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, bounds, shape.longest)
@@ -124,12 +126,12 @@ def block(
 def refresh_layer(maps: Sequence[Map], shape: Shape, dtype: torch.dtype) -> None:
     """Put a layer's adapters as they are now beside its frozen matrices."""
     with torch.no_grad():
-        for kind, (base, downs, ups) in zip(shape.kinds, maps, strict=True):
+        for kind, base, downs, ups in maps:
             frozen.refresh(kind, base, *frozen.adapter_matrices(downs, ups, shape.scaling, dtype))
 
 
-def _apply(linear: tuple[Kind, Map], x: Tensor, shape: Shape) -> Tensor:
-    kind, (base, downs, ups) = linear
+def _apply(linear: Map, x: Tensor, shape: Shape) -> Tensor:
+    kind, base, downs, ups = linear
     return frozen.apply(kind, x, *frozen.adapter_matrices(downs, ups, shape.scaling, x.dtype), base)
 
 
@@ -164,22 +166,18 @@ def _attend_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
 
 
-def kinds_of(kind: Kind) -> tuple[Kind, ...]:
-    """How each of GROUPS is held where the base model is held so.
-
-    >>> kinds_of("fp8-backward")
-    ('fp8-backward', 'plain', 'fp8-backward', 'fp8-backward')
-    """
-    return tuple("plain" if kind == "fp8-backward" and names == EXACT_BACKWARD else kind for _, names in GROUPS)
-
-
 def take_over(parent: Any, names: Sequence[str], kind: Kind, dtype: torch.dtype) -> Map:
-    """The frozen matrices of modules with a common input as one, taken out of the modules, and their adapters."""
+    """The frozen matrices of modules with a common input as one, taken out of the modules, and their adapters.
+
+    They are held in the compute type where `kind` cannot have them.
+    """
     modules = [getattr(parent, name) for name in names]
     linears = [getattr(module, "base_layer", module) for module in modules]
     adapters = [_adapter(module, linear) for module, linear in zip(modules, linears, strict=True)]
     downs, ups = zip(*adapters, strict=True)
     rank = frozen.padded_rank(downs)
+    if (kind == "fp8-backward" and names == EXACT_BACKWARD) or (kind == "nf4" and not all(map(is_nf4, linears))):
+        kind = "plain"
     if kind == "nf4":
         states = [linear.weight.quant_state for linear in linears]
         base = frozen.freeze_nf4([linear.weight.data for linear in linears], [unnested_scales(state) for state in states])
@@ -187,7 +185,7 @@ def take_over(parent: Any, names: Sequence[str], kind: Kind, dtype: torch.dtype)
         base = frozen.FREEZE[kind](torch.cat([plain_weight(linear).to(dtype) for linear in linears]), rank)
     for linear in linears:
         linear.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-    return base, tuple(downs), tuple(ups)
+    return Map(kind, base, tuple(downs), tuple(ups))
 
 
 def _adapter(module: Any, linear: Any) -> tuple[Tensor, Tensor]:
@@ -196,6 +194,12 @@ def _adapter(module: Any, linear: Any) -> tuple[Tensor, Tensor]:
         where = linear.weight.device
         return torch.zeros(0, linear.in_features, device=where), torch.zeros(linear.out_features, 0, device=where)
     return module.lora_A["default"].weight, module.lora_B["default"].weight
+
+
+def is_nf4(linear: Any) -> bool:
+    """Whether a linear module's weight is stored as frozen.py unpacks it; some models leave a few of theirs in 16 bits."""
+    state = getattr(linear.weight, "quant_state", None)
+    return state is not None and (state.quant_type, state.blocksize) == ("nf4", frozen.NF4_BLOCK)
 
 
 def plain_weight(linear: Any) -> Tensor:

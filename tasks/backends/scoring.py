@@ -1,6 +1,6 @@
 """Asks a base model, or its tuned self, how likely the held-out answers are and what it would say.
 
-Plain transformers and PEFT are used whichever backend XX runs in a process of its own:
+Plain transformers and PEFT are used, whichever backend trained. It runs in a process of its own:
 
     python -m tasks.backends.scoring REQUEST.json RESULT.json
 """

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tasks import files
 from tasks.backends import Progress, Report
 from tasks.refs import DivergedError
 
@@ -164,7 +165,8 @@ class Verdict:
 def rewind_log(log: Path, step: int) -> None:
     """Drop the lines of steps after the checkpoint that a training goes on from."""
     lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
-    log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+    kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+    files.write_atomic(log, kept.encode())
 
 
 def read_log(log: Path) -> list[StepRecord]:
