@@ -15,7 +15,7 @@ from flows.names import name_run
 from flows.page import write_report
 from flows.pipeline import pipeline
 from flows.promote import promote
-from flows.recipes import build_recipe
+from flows.recipes import build_recipe, check_until
 from flows.shards import task_runner
 from flows.tracking import check_tracking, track
 from tasks import runs
@@ -36,7 +36,8 @@ def amazon_ft(config: Recipe, overrides: tuple[str, ...] = (), until: str | None
     """
     recipe = build_recipe(config.model_dump(mode="json"), overrides)
     check_tracking(recipe.tracking)
-    record = runs.run_record(recipe.name, recipe.model_dump(mode="json"))
+    check_until(until, recipe)
+    record = runs.run_record(recipe.name, recipe.model_dump(mode="json"), until=until)
     try:
         with supervised(), record, ending_with(until), shown(recipe), suppress(StageReached):
             saved = pipeline(recipe)

@@ -60,9 +60,9 @@ def parse_age(text: str | None) -> float:
 def collect(keep_last: int, age_seconds: float, *, dry_run: bool = False) -> list[Entry]:
     """Remove what neither a kept run nor a living one refers to; returns what was removed.
 
-    Kept are living runs, the last `keep_last` finished runs of each recipe with what was tried since, runs younger than
-    `age_seconds`, and the newest that used a promoted model. Removing is a rename under the root's mutex, so that a run which
-    starts meanwhile sees a whole artifact or none.
+    Kept are living runs, the last `keep_last` runs of each recipe that came to its end with what was tried since, runs younger
+    than `age_seconds`, and the newest that used a promoted model. Removing is a rename under the root's mutex, so that a run
+    which starts meanwhile sees a whole artifact or none.
     """
     with locks.mutex():
         past = runs.past_runs()
@@ -84,9 +84,14 @@ def collect(keep_last: int, age_seconds: float, *, dry_run: bool = False) -> lis
 def _is_kept(run: dict[str, Any], runs: list[dict[str, Any]], keep_last: int, age_seconds: float) -> bool:
     if locks.is_locked(home() / "runs" / f"{run['id']}.lock"):
         return True
-    finished = [other["started"] for other in runs if other["recipe"] == run["recipe"] and other["finished"]][:keep_last]
+    finished = [other["started"] for other in runs if other["recipe"] == run["recipe"] and _is_complete(other)][:keep_last]
     oldest_kept = min(finished, default=0.0) if keep_last else float("inf")
     return run["started"] >= oldest_kept or (age_seconds > 0 and time.time() - run["started"] < age_seconds)
+
+
+def _is_complete(run: dict[str, Any]) -> bool:
+    """Whether a run has made all that its recipe makes; what was tried since is kept with it."""
+    return run["finished"] and run["until"] is None and not run["child"]
 
 
 def _promoted() -> list[str]:
@@ -117,7 +122,8 @@ def _leftovers() -> Iterator[Path]:
             yield path
     yield from (path for folder in ("runs", "records") for path in _children(folder) if path.name.startswith("."))
     yield from (path for path in (home() / "models").glob("*/*") if path.is_symlink() and not path.exists())
-    yield from (path for folder in ("served", "trash") for path in _children(folder))
+    yield from (path for path in _children("served") if not locks.is_locked(path.with_suffix(".lock")))
+    yield from _children("trash")
 
 
 def _drop_records(kept: list[dict[str, Any]]) -> None:

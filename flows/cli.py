@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import sys
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,7 +16,7 @@ from flows import show
 from flows.after import app as after_app
 from flows.bench import app as bench_app
 from flows.deploy import PoolType
-from flows.recipes import load_recipe
+from flows.recipes import StageName, check_until, load_recipe
 from tasks import runs
 from tasks.refs import ConfigError, InputError, PipelineError, SavedModel
 
@@ -45,21 +44,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="End with one JSON object o
 Debug = Annotated[bool, typer.Option("--debug", help="Show stack traces, and of a run Prefect's own log.")]
 
 
-class StageName(StrEnum):
-    """Where a run may end."""
-
-    INGEST = "ingest"
-    SAMPLE = "sample"
-    SHAREGPT = "sharegpt"
-    TEMPLATE = "template"
-    TOKENIZE = "tokenize"
-    PACK = "pack"
-    FINETUNE = "finetune"
-    BASELINE = "baseline"
-    EVALUATE = "evaluate"
-    SAVE = "save"
-
-
 @app.callback()
 def any_command(debug: Debug = False) -> None:
     """Options of every command."""
@@ -76,7 +60,8 @@ def run(
 ) -> None:
     """Run a recipe here, in this process: only what failed or changed is run again."""
     chosen = load_recipe(recipe, overrides or ())
-    with runs.run_record(chosen.name, chosen.model_dump(mode="json")) as record:
+    check_until(until, chosen)
+    with runs.run_record(chosen.name, chosen.model_dump(mode="json"), until=until) as record:
         try:
             saved = _run_flow(chosen, until, debug)
         finally:
@@ -148,8 +133,10 @@ def worker(
 
     For k GPUs start k, each with its own CUDA_VISIBLE_DEVICES.
     """
+    from flows.deploy import server_url
     from flows.up import serve_pool
 
+    server_url()
     raise typer.Exit(serve_pool(pool, name, healthcheck=healthcheck))
 
 
@@ -159,10 +146,11 @@ def deploy(
     gpus: Annotated[int, typer.Option(min=1, help="How many trainings pool cuda runs at a time.")] = 1,
 ) -> None:
     """Register work pools, deployments and the crash automation with the server at PREFECT_API_URL."""
-    from flows.deploy import set_up
+    from flows.deploy import server_url, set_up
 
+    url = server_url()
     set_up(pools, gpus)
-    err.print("registered: work pools cpu and cuda, and every deployment of deployments/prefect.yaml", highlight=False)
+    err.print(f"registered at {url}: work pools cpu and cuda, every deployment of deployments/prefect.yaml", highlight=False)
 
 
 @app.command()

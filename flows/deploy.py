@@ -21,7 +21,11 @@ from flows.recipes import SHIPPED, load_recipe, shipped_names
 from tasks.refs import ConfigError, PipelineError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from uuid import UUID
+
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import DeploymentSchedule
 
 DEPLOYMENTS = SHIPPED.parent
 PREFECT_FILE = DEPLOYMENTS / "prefect.yaml"
@@ -45,6 +49,23 @@ def read_recipes() -> dict[str, Any]:
 def enter_data_directory() -> dict[str, str]:
     """Pull step: where relative paths of a recipe begin, AMAZON_FT_DATA, else where the worker was started."""
     return {"directory": os.environ.get("AMAZON_FT_DATA") or os.environ.get("PWD") or str(Path.cwd())}
+
+
+def server_url() -> str:
+    """The API of the server that PREFECT_API_URL or the Prefect profile names.
+
+    Raises:
+        ConfigError: when neither does; Prefect would then start a server of its own that ends with the command.
+    """
+    from prefect.settings import get_current_settings
+
+    url = get_current_settings().api.url
+    if not url:
+        raise ConfigError(
+            "PREFECT_API_URL: no server: got none; expected the URL of the server's API, such as "
+            "http://127.0.0.1:4200/api. Set it, or start everything here with amazon-ft up."
+        )
+    return url
 
 
 def set_up(pools: PoolType, trainings: int) -> None:
@@ -72,11 +93,39 @@ def set_up_pools(pools: PoolType, trainings: int) -> None:
 
 
 def register() -> None:
-    """Register every deployment of prefect.yaml, as `prefect deploy --all` does."""
+    """Register every deployment of prefect.yaml, as `prefect deploy --all` does; schedules that are on stay so."""
+    before = _switched_on()
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise PipelineError(f"deploy: prefect deploy: ended with {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}")
+    _switch_on(before)
+
+
+def _switched_on() -> dict[UUID, list[DeploymentSchedule]]:
+    """The active schedules of each deployment; registering anew puts the file's in their place, which are off."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        found = {
+            deployment.id: [each for each in deployment.schedules if each.active] for deployment in client.read_deployments()
+        }
+    return {deployment: schedules for deployment, schedules in found.items() if schedules}
+
+
+def _switch_on(before: Mapping[UUID, list[DeploymentSchedule]]) -> None:
+    """What was on is on again: the file's schedule if it is the same, else one of its own."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        for deployment, schedules in before.items():
+            now = client.read_deployment(deployment).schedules
+            for wanted in schedules:
+                same = next((each for each in now if each.schedule == wanted.schedule), None)
+                if same is None:
+                    client.create_deployment_schedules(deployment, [(wanted.schedule, True)])
+                elif not same.active:
+                    client.update_deployment_schedule(deployment, same.id, active=True)
 
 
 def template_of(pools: PoolType, name: str) -> Path:

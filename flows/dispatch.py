@@ -75,6 +75,7 @@ def _finetune_inputs(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
 def _baseline_inputs(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     return {
         "model": prepared.model,
+        "tokenizer": prepared.model.tokenizer,
         "tokens": prepared.tokens,
         "texts": prepared.texts,
         "template": prepared.template,

@@ -79,7 +79,7 @@ def _unmet(requirement: Requirement, recipe: Recipe) -> str | None:
 def _gpu(recipe: Recipe) -> Iterator[Finding]:
     gpus = visible_gpus()
     if gpus:
-        names = ", ".join(f"{gpu.name} ({gpu.memory_mib / 1024:.0f} GiB)" for gpu in gpus)
+        names = ", ".join(gpu.name + (f" ({gpu.memory_mib / 1024:.0f} GiB)" if gpu.memory_mib else "") for gpu in gpus)
         old = int(gpus[0].driver.split(".")[0]) < MIN_DRIVER
         yield Finding("gpu", "missing" if old else "ok", f"{names}, driver {gpus[0].driver}", "Update the driver." if old else "")
         if recipe.device == "cuda" and not _torch_sees_cuda():

@@ -30,7 +30,8 @@ class Gpu:
     uuid: str
     name: str
     driver: str
-    memory_mib: int
+    memory_mib: int | None
+    """None where it shares the main memory."""
 
 
 def list_gpus() -> list[Gpu]:
@@ -40,7 +41,9 @@ def list_gpus() -> list[Gpu]:
     except (OSError, subprocess.SubprocessError):
         return []
     rows = ([field.strip() for field in line.split(",")] for line in answer.splitlines() if line.count(",") == 4)
-    return [Gpu(index, uuid, name, driver, int(memory)) for index, uuid, name, driver, memory in rows]
+    return [
+        Gpu(index, uuid, name, driver, int(memory) if memory.isdecimal() else None) for index, uuid, name, driver, memory in rows
+    ]
 
 
 def visible_gpus() -> list[Gpu]:

@@ -46,7 +46,7 @@ def find_run(name: str, past: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         InputError: when there is none or several.
     """
     if match := LAST.fullmatch(name):
-        found = list(past[int(match[1] or 0) :][:1])
+        found = [run for run in past if not run.get("child")][int(match[1] or 0) :][:1]
     else:
         found = [run for run in past if run["id"] == name] or [run for run in past if run["id"].startswith(name)]
     if len(found) == 1:
@@ -105,7 +105,7 @@ def state(run: Mapping[str, Any]) -> str:
 
 
 def listing() -> list[dict[str, Any]]:
-    """Every run, newest first."""
+    """Every run, newest first; trainings on a worker are part of theirs."""
     return [
         {
             "id": run["id"],
@@ -116,6 +116,7 @@ def listing() -> list[dict[str, Any]]:
             "promoted": (run.get("verdict") or {}).get("promoted"),
         }
         for run in runs.past_runs()
+        if not run["child"]
     ]
 
 

@@ -34,7 +34,7 @@ def pipeline(recipe: Recipe) -> SavedModel:
             model=model, batches=batches, tokens=tokens.evaluation, texts=texts.evaluation, template=texts.template
         )
         adapter, evaluation = tune(recipe, prepared)
-        return save(adapter, evaluation, texts.template, model, recipe.save, lineage())
+        return save(adapter, evaluation, texts.template, model, model.tokenizer, recipe.save, lineage())
 
 
 def plan(recipe: Recipe) -> Plan:

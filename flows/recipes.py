@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,11 +12,37 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from tasks.config import Recipe
+from tasks.config import PASSWORD, Recipe
 from tasks.refs import ConfigError
 
 SHIPPED = Path(__file__).parents[1] / "deployments" / "recipes"
 """Beside the packages, in a checkout as in an installed wheel."""
+
+
+class StageName(StrEnum):
+    """Where a run may end."""
+
+    INGEST = "ingest"
+    SAMPLE = "sample"
+    SHAREGPT = "sharegpt"
+    TEMPLATE = "template"
+    TOKENIZE = "tokenize"
+    PACK = "pack"
+    FINETUNE = "finetune"
+    BASELINE = "baseline"
+    EVALUATE = "evaluate"
+    SAVE = "save"
+
+
+def check_until(until: str | None, recipe: Recipe) -> None:
+    """Refuse to end with a stage that the recipe does not have: the run would go on to the end.
+
+    Raises:
+        ConfigError: naming those that it has.
+    """
+    stages = [stage.value for stage in StageName if stage is not StageName.PACK or recipe.pack]
+    if until is not None and until not in stages:
+        raise ConfigError(f"until: no such stage in recipe {recipe.name}: got {until}; expected one of {', '.join(stages)}.")
 
 
 def shipped_names() -> list[str]:
@@ -88,7 +115,8 @@ def _explain(detail: ErrorDetails) -> list[str]:
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if not isinstance(detail["input"], (str, int, float, bool, type(None))):
         return [f"{key}: {message}"] if key else message.split("; ")
-    return [f"{key}: got {detail['input']!r}; expected {message}"]
+    got = PASSWORD.sub(r"\1:***", repr(detail["input"]))
+    return [f"{key}: got {got}; expected {message}"]
 
 
 def _allowed(path: tuple[int | str, ...]) -> list[str]:

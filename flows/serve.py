@@ -15,6 +15,7 @@ from pathlib import Path
 from flows.export import Format, announce, export
 from flows.saved import Saved
 from tasks.files import file_digest, text_digest
+from tasks.locks import flock
 from tasks.refs import ConfigError, home
 
 HOST = "127.0.0.1"
@@ -42,9 +43,11 @@ def merged_copy(saved: Saved, say: Callable[[str], None]) -> Path:
     """The model merged into its base, made at the first call."""
     adapter = file_digest(saved.path / "adapter_model.safetensors")
     base, template = saved.lineage["base_model"]["digest"], file_digest(saved.path / "chat_template.jinja")
-    path = home() / "served" / text_digest(f"{adapter} {base} {template}")[:32] / saved.recipe.name
-    if not path.is_dir():
-        announce(export(saved, Format.MERGED, path), path, say)
+    folder = home() / "served" / text_digest(f"{adapter} {base} {template}")[:32]
+    path = folder / saved.recipe.name
+    with flock(folder.with_suffix(".lock"), remove=True):
+        if not path.is_dir():
+            announce(export(saved, Format.MERGED, path), path, say)
     return path
 
 

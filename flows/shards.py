@@ -26,7 +26,7 @@ def read_products(source: Source, config: IngestConfig) -> Products:
     Of four files, adding a fifth runs one `ingest`, and `join`. On a cluster (a Dask or Ray task runner) all files are read
     at once.
     """
-    if len(source.files) == 1:
+    if isinstance(source, Unknown) or len(source.files) == 1:  # pyright: ignore[reportUnnecessaryIsInstance]  # while planning
         return ingest(source, config)
     files = [Source(files=(file,), is_shard=True, artifact=source.artifact) for file in source.files]
     parts = ingest.each(*((file, config) for file in files))

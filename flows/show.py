@@ -47,7 +47,7 @@ def stages(entries: list[dict[str, Any]], console: Console) -> None:
     for entry in entries:
         rows = f"{entry['rows']:,}" if entry.get("rows") else ""
         seconds = f"{entry['seconds']:.1f}" if "seconds" in entry else ""
-        table.add_row(entry["name"], _styled(entry["state"]), before, rows, seconds, entry["reason"])
+        table.add_row(entry["name"], _styled(entry["state"]), before, rows, seconds, escape(entry["reason"]))
         before = rows
     console.print(table)
 
@@ -142,7 +142,7 @@ def plan(found: Plan, console: Console) -> None:
     table.add_column("rows", justify="right", no_wrap=True)
     table.add_column("why", overflow="fold")
     for item in found.steps:
-        table.add_row(item.name, _styled(item.state), f"{item.rows:,}" if item.rows else "", item.reason)
+        table.add_row(item.name, _styled(item.state), f"{item.rows:,}" if item.rows else "", escape(item.reason))
     console.print(table)
 
 

@@ -27,7 +27,7 @@ def amazon_ft_train(recipe: Recipe, prepared: Prepared, until: str | None = None
         prepared: what the stages before made.
         until: the stage to end with; None for all.
     """
-    record = runs.run_record(recipe.name, recipe.model_dump(mode="json"))
+    record = runs.run_record(recipe.name, recipe.model_dump(mode="json"), until=until, child=True)
     with supervised(), record, ending_with(until or last_stage()), shown(recipe), one_gpu(recipe.device), suppress(StageReached):
         here = prepared.model_copy(update={"model": with_weights(prepared.model)})
         return finetune_and_evaluate(recipe, here)

@@ -139,11 +139,19 @@ def environment(options: Options) -> dict[str, str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "AMAZON_FT_HOME": str(home()),
-        "AMAZON_FT_DATA": str(Path.cwd()),
+        "AMAZON_FT_DATA": str(Path(os.environ.get("AMAZON_FT_DATA") or ".").absolute()),
         "DO_NOT_TRACK": "1",
     }
-    database = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": options.database_url}
-    return shared | {name: url for name, url in database.items() if url}
+    other = {
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": options.database_url,
+        "PREFECT_SERVER_UI_API_URL": os.environ.get("PREFECT_SERVER_UI_API_URL") or _api_for_browsers(options),
+    }
+    return shared | {name: url for name, url in other.items() if url}
+
+
+def _api_for_browsers(options: Options) -> str | None:
+    """Where the interface on another machine finds the API; None if only this machine is listened to."""
+    return f"http://{socket.getfqdn()}:{options.port}/api" if options.host == "0.0.0.0" else None
 
 
 @contextmanager

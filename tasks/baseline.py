@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tasks.config import EvaluateConfig, WeightsConfig
 from tasks.heldout import SAID, Said, ask, read_asked
-from tasks.refs import Artifact, Baseline, Model
+from tasks.refs import Artifact, Baseline, Model, Tokenizer
 from tasks.stage import stage
 from tasks.store import publish
 
@@ -17,6 +17,7 @@ EMPTY = Said(nll=(), texts=(), ended=(), ends_at_once=())
 @stage(version=1)
 def baseline(
     model: Model,
+    tokenizer: Tokenizer,
     tokens: Artifact,
     texts: Artifact,
     template: Artifact,
@@ -24,11 +25,14 @@ def baseline(
     weights: WeightsConfig,
     device: str,
 ) -> Baseline:
-    """Ask the base model on the held-out tokens.arrow and on some of the prompts of turns.arrow; `device` is cpu or cuda."""
+    """Ask the base model on the held-out tokens.arrow and on some of the prompts of turns.arrow; `device` is cpu or cuda.
+
+    The tokenizer is the model's, named by itself because its files count here: they pad and decode.
+    """
     said = EMPTY
     if tokens.rows:
         asked = read_asked(tokens, texts, template, config)
-        said = ask(asked, model, None, config=config, weights=weights, device=device)
+        said = ask(asked, model.model_copy(update={"tokenizer": tokenizer}), None, config=config, weights=weights, device=device)
     with publish("baseline") as draft:
         (draft / SAID).write_text(said.model_dump_json(), encoding="utf-8")
         draft.rows = len(said.nll)

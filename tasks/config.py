@@ -9,9 +9,19 @@ Source of the default values: the document's recipe (README.md, "The recipe"), i
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 CHAT_TEMPLATE = """Responda à pergunta sobre o produto com base no título e na descrição fornecidos.
 
@@ -33,6 +43,18 @@ QUESTIONS = (
 )
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):[^/@\s]+(?=@)")
+"""The user and password of a URL."""
+
+
+def _without_password(address: str) -> str:
+    if PASSWORD.search(address):
+        raise ValueError("a URL without a password, for recipes are stored and shown; give it in the environment (README.md)")
+    return address
+
+
+Address = Annotated[NonEmpty, AfterValidator(_without_password)]
+"""A path or URL that may be stored."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -90,7 +112,7 @@ class ModelConfig(WeightsConfig):
 class IngestConfig(Section):
     """JSON lines to Arrow."""
 
-    sources: Annotated[tuple[NonEmpty, ...], BeforeValidator(_listed)] = aside(())
+    sources: Annotated[tuple[Address, ...], BeforeValidator(_listed)] = aside(())
     """Paths, globs or fsspec URLs of .json, .jsonl, .gz, .zst or the distributed .zip. They count by content."""
     on_bad_row: Literal["fail", "quarantine"] = "fail"
     """`fail` stops at the first bad line; `quarantine` sets bad lines aside, up to `max_bad_share`."""
@@ -289,7 +311,7 @@ class TrackingConfig(Section):
     """Each but `none` needs its library: the extra of that name."""
     project: NonEmpty = aside("amazon-ft")
     """What the runs are listed under: mlflow's experiment, the project of trackio and wandb."""
-    uri: NonEmpty | None = aside(None)
+    uri: Address | None = aside(None)
     """mlflow: its tracking URI; tensorboard: a directory. Null for a place under AMAZON_FT_HOME/tracking."""
 
 

@@ -6,6 +6,7 @@ there are only a few. A bitmap answers most questions about new members without 
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -82,6 +83,7 @@ class Distinct:
         if members < self._spill_members:
             return np.empty((2, members), np.uint64)
         with TemporaryFile(dir=self._directory) as file:
+            os.posix_fallocate(file.fileno(), 0, 16 * members)  # a full disk is an error here, and a dead process in the mapping
             return np.memmap(file, np.uint64, "w+", shape=(2, members))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from tasks.config import EvaluateConfig, WeightsConfig
 from tasks.heldout import NOTHING, SAID, Asked, Prompt, Said, ask, read_asked
 from tasks.metrics import length_buckets, likelihood, text_scores
-from tasks.refs import Adapter, Artifact, Baseline, Evaluation, InputError, Model
+from tasks.refs import Adapter, Artifact, Baseline, Evaluation, InputError, Model, Tokenizer
 from tasks.stage import stage
 from tasks.store import publish
 
@@ -114,6 +114,7 @@ def _skip() -> Evaluation:
 @stage(version=1)
 def evaluate(
     model: Model,
+    tokenizer: Tokenizer,
     adapter: Adapter,
     baseline: Baseline,
     tokens: Artifact,
@@ -130,7 +131,8 @@ def evaluate(
     check_adapter(adapter.data.path, model)
     asked = read_asked(tokens, texts, template, config)
     base = Said.model_validate_json((baseline.data / SAID).read_bytes())
-    tuned = ask(asked, model, adapter.data.path, config=config, weights=weights, device=device)
+    asked_model = model.model_copy(update={"tokenizer": tokenizer})
+    tuned = ask(asked, asked_model, adapter.data.path, config=config, weights=weights, device=device)
     metrics = measure(asked, base, tuned, merged_prompt)
     summary = {f"{name}_{figure}": metrics[name][figure] for name in ("base", "tuned") for figure in ("nll", "perplexity")}
     return Evaluation(data=_publish(metrics, side_by_side(asked.prompts, base, tuned)), summary=summary)

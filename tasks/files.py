@@ -10,7 +10,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -24,24 +24,45 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, 64 hex digits; memoised on (device, inode, size, mtime, ctime), so a kept mtime hides no edit."""
     stat = path.stat()
     identity = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
-    with _memo() as memo:
-        row = memo.execute("select digest from digests where identity = ?", (identity,)).fetchone()
-    if row:
-        return str(row[0])
+    if known := _recall(identity):
+        return known
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     after = path.stat()
     settled = time.time() - max(after.st_mtime, after.st_ctime) > RACY_SECONDS
     if settled and (after.st_mtime_ns, after.st_ctime_ns, after.st_size) == (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size):
-        with _memo() as memo:
-            memo.execute("insert or replace into digests values (?, ?)", (identity, digest))
+        _remember(identity, digest)
     return digest
+
+
+def _recall(identity: str) -> str | None:
+    """A memoised digest; a memo that is damaged is begun anew, one that can't be had is done without."""
+    try:
+        with _memo() as memo:
+            row = memo.execute("select digest from digests where identity = ?", (identity,)).fetchone()
+    except sqlite3.OperationalError:  # no room, or a root that may only be read
+        return None
+    except sqlite3.DatabaseError:
+        memo_file().unlink(missing_ok=True)
+        return None
+    return str(row[0]) if row else None
+
+
+def _remember(identity: str, digest: str) -> None:
+    with suppress(sqlite3.DatabaseError), _memo() as memo:
+        memo.execute("insert or replace into digests values (?, ?)", (identity, digest))
+
+
+def memo_file() -> Path:
+    """Digests by identity of files; may be deleted at any time."""
+    return home() / "digests.sqlite"
 
 
 @contextmanager
 def _memo() -> Generator[sqlite3.Connection]:
-    home().mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(home() / "digests.sqlite", timeout=30)
+    with suppress(OSError):
+        home().mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(memo_file(), timeout=30)
     try:
         with connection:
             connection.execute("create table if not exists digests (identity text primary key, digest text not null)")
@@ -110,4 +131,13 @@ def _no_space(path: Path, need_bytes: int, free_bytes: int) -> str:
     )
 
 
-__all__ = ["directory_digest", "file_digest", "space_checked", "sync_directory", "text_digest", "write_atomic", "write_synced"]
+__all__ = [
+    "directory_digest",
+    "file_digest",
+    "memo_file",
+    "space_checked",
+    "sync_directory",
+    "text_digest",
+    "write_atomic",
+    "write_synced",
+]

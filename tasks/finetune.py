@@ -170,7 +170,7 @@ def _publish(job: Job, last: Path, peak_gib: float | None) -> Adapter:
     kept = last if best is None else job.work / f"checkpoint-{best}"
     with store.publish("adapter", need_bytes=(kept / ADAPTER_FILES[0]).stat().st_size) as draft:
         shutil.copyfile(kept / ADAPTER_FILES[0], draft / ADAPTER_FILES[0])
-        config = json.loads((kept / ADAPTER_FILES[1]).read_text())
+        config = json.loads((kept / ADAPTER_FILES[1]).read_text(encoding="utf-8"))
         (draft / ADAPTER_FILES[1]).write_bytes(adapter_config(config, job.model.name))
     with store.publish("training-log") as log:
         shutil.copyfile(job.work / LOG, log / LOG)

@@ -94,7 +94,7 @@ def read_asked(tokens: Artifact, texts: Artifact, template: Artifact, config: Ev
     """The held-out rows of tokens.arrow, and prompts from some of the products of turns.arrow."""
     rows = _read(tokens / "tokens.arrow", "uids", "input_ids", "labels")
     turns = _read(texts / "turns.arrow", "uid", "prompt", "question", "answer")
-    parts = json.loads((template / "template.json").read_text())
+    parts = json.loads((template / "template.json").read_text(encoding="utf-8"))
     chosen = (turns[row] for row in choose_rows(len(turns), config.generations, config.seed))
     return Asked(
         uids=[row["uids"] for row in rows],

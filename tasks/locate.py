@@ -39,6 +39,8 @@ def locate_source(sources: tuple[str, ...]) -> Source:
             files.update(dict.fromkeys(_fetch(source) if URL.match(source) else _match(source)))
         except InputError as error:
             problems.append(str(error))
+        except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links, a user that is none
+            problems.append(f"{source}: {getattr(error, 'strerror', None) or error}")
     problems.extend(f"{path}: is {kind}; expected a file" for path in files if (kind := _oddity(path)))
     if problems:
         listed = "; ".join(problems)
@@ -58,7 +60,10 @@ def _match(source: str) -> Iterable[Path]:
 
 
 def _oddity(path: Path) -> str | None:
-    mode = path.stat().st_mode
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return f"a link to nothing ({error.strerror})" if path.is_symlink() else f"not to be had ({error.strerror})"
     return None if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "no plain file")
 
 

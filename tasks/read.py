@@ -7,6 +7,7 @@ in memory. A file that unpacks to more than `max_inflation` times its size is re
 from __future__ import annotations
 
 import io
+import lzma
 import re
 import zipfile
 import zlib
@@ -21,6 +22,9 @@ from tasks.refs import InputError
 
 BOM = b"\xef\xbb\xbf"
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+"""A zstd file may begin with a frame of something else. Source: RFC 8878, 3.1.2."""
+UNREAD = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7z", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")
 """Of an archive with members, and without."""
 DATA_NAME = re.compile(r"\.jsonl?(\.gz|\.zst)?$", re.IGNORECASE)
@@ -138,13 +142,27 @@ def _decompressed(packed: IO[bytes], path: Path, max_inflation: int) -> Generato
     head = cast("io.BufferedReader", buffered).peek(4)[:4]
     if head.startswith(ZIP_MAGIC):
         raise InputError(f"{path.name}: a zip within a zip; expected JSON lines, .gz or .zst in it. Unpack the outer one first.")
-    codec = next((codec for magic, codec in MAGIC.items() if head.startswith(magic)), None)
+    codec = "zstd" if SKIPPABLE.match(head) else next((codec for magic, codec in MAGIC.items() if head.startswith(magic)), None)
+    refuse_format(head, path)
     limited = Limited(cast("Stream", buffered), path, max_inflation)
     if codec is None:
         yield limited
         return
     with pa.CompressedInputStream(pa.PythonFile(limited, "r"), codec) as stream:
         yield Limited(stream, path, max_inflation)
+
+
+def refuse_format(head: bytes, path: Path) -> None:
+    """Refuse what is told by its first bytes to be no JSON lines.
+
+    Raises:
+        InputError: naming the format.
+    """
+    if found := next((name for magic, name in UNREAD.items() if head.startswith(magic)), None):
+        raise InputError(
+            f"{path.name}: {found}: got a file in that format; expected JSON lines in UTF-8, plain or as .gz, .zst or .zip. "
+            "Convert it first."
+        )
 
 
 def _member(archive: zipfile.ZipFile, path: Path) -> str:
@@ -174,7 +192,16 @@ def _damage_named(path: Path) -> Generator[None]:
 
     try:
         yield
-    except (EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, pa.ArrowInvalid, OSError) as error:
+    except (
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        NotImplementedError,
+        RuntimeError,
+        pa.ArrowInvalid,
+        OSError,
+    ) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise InputError(f"{path.name}: damaged: got {error}; expected a whole archive. Fetch the file again.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ from uuid import uuid4
 
 from tasks.files import write_atomic
 from tasks.locks import flock, mutex
-from tasks.refs import Artifact, home
+from tasks.refs import Artifact, InputError, home
 
 
 @dataclass
@@ -30,6 +31,10 @@ class Run:
     """KIND/DIGEST of every artifact that the run was handed or published."""
     verdict: dict[str, Any] | None = None
     """promoted, reasons, against; None before a model is saved."""
+    until: str | None = None
+    """The stage that the run was to end with; None for the recipe's end."""
+    child: bool = False
+    """Whether it only trains for another run, on a worker."""
     finished: bool = False
     """Whether the run came to its end without an error."""
 
@@ -47,12 +52,17 @@ _open_runs: list[Run] = []
 
 
 @contextmanager
-def run_record(recipe: str, config: dict[str, Any]) -> Generator[Run]:
-    """Keep the record of a run while the block lives; a run inside a run adds to the outer one."""
+def run_record(recipe: str, config: dict[str, Any], *, until: str | None = None, child: bool = False) -> Generator[Run]:
+    """Keep the record of a run while the block lives; a run inside a run adds to the outer one.
+
+    Raises:
+        InputError: when nothing can be written under AMAZON_FT_HOME.
+    """
     if _open_runs:
         yield _open_runs[-1]
         return
-    run = Run(recipe, config)
+    run = Run(recipe, config, until=until, child=child)
+    check_root()
     with flock(run.file.with_suffix(".lock"), remove=True):
         _open_runs.append(run)
         try:
@@ -62,6 +72,23 @@ def run_record(recipe: str, config: dict[str, Any]) -> Generator[Run]:
         finally:
             _open_runs.pop()
             run.write()
+
+
+def check_root() -> None:
+    """Refuse a root that can't be written, before anything is computed.
+
+    Raises:
+        InputError: naming it.
+    """
+    reason = "it may only be read"
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror
+    else:
+        if os.access(home(), os.W_OK | os.X_OK):
+            return
+    raise InputError(f"AMAZON_FT_HOME: {home()}: {reason}; expected a directory to write to. Name another one.")
 
 
 def current_run() -> Run | None:
@@ -87,7 +114,7 @@ def past_runs() -> list[dict[str, Any]]:
     runs: list[dict[str, Any]] = []
     for file in (home() / "runs").glob("*.json"):
         with suppress(ValueError, OSError):
-            runs.append(json.loads(file.read_text()))
+            runs.append({"until": None, "child": False, **json.loads(file.read_text(encoding="utf-8"))})
     return sorted(runs, key=lambda run: float(run["started"]), reverse=True)
 
 

@@ -29,7 +29,7 @@ import yaml
 from tasks.card import model_card
 from tasks.config import SaveConfig
 from tasks.modeldir import TOKENIZER, read_json
-from tasks.refs import Adapter, Artifact, Evaluation, InputError, Lineage, Model, SavedModel, home
+from tasks.refs import Adapter, Artifact, Evaluation, InputError, Lineage, Model, SavedModel, Tokenizer, home
 from tasks.stage import stage
 from tasks.store import MANIFEST, publish
 
@@ -121,13 +121,22 @@ def _write_json(path: Path, content: object) -> None:
 
 @stage(version=1)
 def save(
-    adapter: Adapter, evaluation: Evaluation, template: Artifact, model: Model, config: SaveConfig, lineage: Lineage
+    adapter: Adapter,
+    evaluation: Evaluation,
+    template: Artifact,
+    model: Model,
+    tokenizer: Tokenizer,
+    config: SaveConfig,
+    lineage: Lineage,
 ) -> SavedModel:
-    """Put adapter, tokenizer, configuration, lineage and model card into one directory."""
+    """Put adapter, tokenizer, configuration, lineage and model card into one directory.
+
+    The tokenizer is the model's, named by itself because its files count here as they do not where only ids matter.
+    """
     with publish("saved-model", need_bytes=adapter.data.size_bytes + ROOM_BYTES) as draft:
         _copy(adapter.data, draft.path)
         _copy(evaluation.data, draft.path)
-        tokenizer_files(Path(model.tokenizer.path), draft.path, read_json(template / "template.json")["chat_template"])
+        tokenizer_files(Path(tokenizer.path), draft.path, read_json(template / "template.json")["chat_template"])
         recipe = yaml.safe_dump(lineage.recipe, sort_keys=False, allow_unicode=True)
         (draft / "recipe.yaml").write_text(recipe, encoding="utf-8")
         _write_json(draft / "lineage.json", lineage_record(lineage, model, adapter))

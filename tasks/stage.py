@@ -245,7 +245,7 @@ class Stage(Generic[P, R]):
             value = self.returns.model_validate_json(blob)
         except FileNotFoundError:
             raise Missing("not run yet") from None
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise Missing(f"record corrupt: records/{key}") from None
         check(value)
         return value

@@ -114,18 +114,18 @@ def _unlike(new: Candidate, before: Candidate) -> str | None:
 
 def _against(new: Candidate, before: Candidate) -> dict[str, float]:
     """New minus before, row by row."""
-    tokens = list(_rows(new).values())
+    tokens = [tokens for _, tokens in _rows(new)]
     first, second = ([row["tuned_nll"] for row in _sorted_rows(model)] for model in (before, new))
     return difference(tokens, first, second)
 
 
-def _rows(model: Candidate) -> dict[tuple[str, ...], int]:
-    """{uids: tokens} of the rows that a model was scored on."""
-    return {tuple(row["uids"]): row["tokens"] for row in _sorted_rows(model)}
+def _rows(model: Candidate) -> list[tuple[tuple[str, ...], int]]:
+    """Uids and tokens of the rows that a model was scored on; uids need not be unique."""
+    return [(tuple(row["uids"]), row["tokens"]) for row in _sorted_rows(model)]
 
 
 def _sorted_rows(model: Candidate) -> list[Mapping[str, Any]]:
-    return sorted(model.metrics.get("per_row", []), key=lambda row: row["uids"])
+    return sorted(model.metrics.get("per_row", []), key=lambda row: (row["uids"], row["tokens"], row["base_nll"]))
 
 
 __all__ = ["Candidate", "Verdict", "judge"]

@@ -59,6 +59,7 @@ class Inputs:
     def evaluate(self, config: EvaluateConfig = QUICK, **changes: Any) -> Evaluation:
         """Run both stages as their Prefect tasks would, without the engine."""
         inputs = vars(self) | {"config": config, "weights": FLOAT32, "device": "cpu"} | changes
+        inputs["tokenizer"] = inputs["model"].tokenizer
         asked = {name: inputs[name] for name in baseline.parameters}
         base = baseline_of(baseline.key(asked), asked)
         return evaluate.execute(inputs | {"baseline": base, "merged_prompt": "Título do produto: {title}"})

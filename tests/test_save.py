@@ -50,7 +50,7 @@ def save_with(adapter_path: Path, model: Model, config: SaveConfig) -> SavedMode
     template = artifact_of("template", {"template.json": json.dumps({"chat_template": TEMPLATE})})
     recipe = load_recipe("demo").model_dump(mode="json")
     lineage = Lineage(recipe=recipe, stages=(StageRecord(name="ingest", key="k" * 64, digest="d" * 64, rows=3),))
-    return save.fn(adapter, evaluation, template, model, config, lineage)
+    return save.fn(adapter, evaluation, template, model, model.tokenizer, config, lineage)
 
 
 def test_everything_that_a_user_takes_away_is_there(saved: SavedModel) -> None:

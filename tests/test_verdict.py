@@ -188,7 +188,12 @@ def good(root: Path, model: Model) -> Adapter:
 @pytest.fixture(scope="module")
 def saved_with(root: Path, model: Model, good: Adapter) -> Callable[[Callable[[str, Any], Any]], SavedModel]:
     """What a run would save of the good adapter with its weights changed."""
-    asked: dict[str, Any] = {"model": model, "config": EvaluateConfig(generations=0), "device": "cpu"}
+    asked: dict[str, Any] = {
+        "model": model,
+        "tokenizer": model.tokenizer,
+        "config": EvaluateConfig(generations=0),
+        "device": "cpu",
+    }
     asked["weights"] = WeightsConfig(load_in_4bit=False, dtype="float32")
     made: list[Baseline] = []
 

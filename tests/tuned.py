@@ -67,6 +67,7 @@ def save_tuned(base: Path, adapter: Path, **overrides: str) -> SavedModel:
         ),
         artifact_of("template", {"template.json": json.dumps(template)}),
         model,
+        model.tokenizer,
         SaveConfig(),
         Lineage(recipe=recipe.model_dump(mode="json")),
     )

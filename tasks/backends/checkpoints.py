@@ -55,14 +55,14 @@ def step_of(checkpoint: Path) -> int:
 
 def is_last(checkpoint: Path) -> bool:
     """Whether the training had come to its last step."""
-    state = json.loads((checkpoint / STATE).read_text())
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     return bool(state["global_step"] >= state["max_steps"])
 
 
 def damage_of(checkpoint: Path, *, digests: bool = True) -> str | None:
     """What is wrong with a checkpoint, if anything; without `digests` only sizes are compared."""
     try:
-        sealed = json.loads((checkpoint / SEAL).read_text())
+        sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "it was not written to its end"
     for name, (size, digest) in sealed.items():

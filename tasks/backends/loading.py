@@ -43,12 +43,12 @@ def load_tokenizer(model: Model) -> Any:
 
 def is_quantized(path: Path) -> bool:
     """Whether the directory's weights are stored quantized."""
-    return "quantization_config" in json.loads((path / "config.json").read_text())
+    return "quantization_config" in json.loads((path / "config.json").read_text(encoding="utf-8"))
 
 
 def is_in_4bit(path: Path) -> bool:
     """Whether the directory's weights are stored in 4 bits by bitsandbytes."""
-    return bool(json.loads((path / "config.json").read_text()).get("quantization_config", {}).get("load_in_4bit"))
+    return bool(json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config", {}).get("load_in_4bit"))
 
 
 def _nf4(number: Any) -> Any:

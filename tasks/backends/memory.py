@@ -42,7 +42,7 @@ class Shape:
 
 def read_shape(model: Path) -> Shape | None:
     """The model's dimensions, or None for an architecture without Llama's modules."""
-    config = json.loads((model / "config.json").read_text())
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     try:
         hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
         size = config.get("head_dim") or hidden // heads

@@ -164,14 +164,18 @@ class Verdict:
 
 def rewind_log(log: Path, step: int) -> None:
     """Drop the lines of steps after the checkpoint that a training goes on from."""
-    lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else []
     kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
     files.write_atomic(log, kept.encode())
 
 
 def read_log(log: Path) -> list[StepRecord]:
     """All steps of a training; a line that was cut short is none."""
-    return [StepRecord(**json.loads(line)) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        StepRecord(**json.loads(line))
+        for line in log.read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
 
 
 def seconds_so_far(log: Path) -> float:
