@@ -24,7 +24,15 @@ BOM = b"\xef\xbb\xbf"
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 """A zstd file may begin with a frame of something else. Source: RFC 8878, 3.1.2."""
-UNREAD = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7z", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+UNREAD = {
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"7z\xbc\xaf": "7z",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    **{magic: f"{codec} within an archive" for magic, codec in MAGIC.items()},
+}
+"""What content may begin with that is no JSON lines."""
 ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")
 """Of an archive with members, and without."""
 DATA_NAME = re.compile(r"\.jsonl?(\.gz|\.zst)?$", re.IGNORECASE)
@@ -76,11 +84,13 @@ def read_blocks(path: Path, name: str, config: IngestConfig) -> Iterator[tuple[B
     In a file without uids, a row's is this name of the file and the line's number.
 
     Raises:
-        InputError: when the file is damaged, no archive of one data file, or a decompression bomb.
+        InputError: when the file is damaged, in another format, no archive of one data file, or a decompression bomb.
     """
     size = max(path.stat().st_size, 1)
     with path.open("rb") as raw, _damage_named(path), _unpacked(raw, path, config.max_inflation) as stream:
-        for block in cut_blocks(stream, f"{name}:", config.block_bytes, config.max_line_bytes):
+        for number, block in enumerate(cut_blocks(stream, f"{name}:", config.block_bytes, config.max_line_bytes)):
+            if number == 0:
+                _refuse_format(block.data, path)
             yield block, min(raw.tell() / size, 1.0)
 
 
@@ -143,7 +153,6 @@ def _decompressed(packed: IO[bytes], path: Path, max_inflation: int) -> Generato
     if head.startswith(ZIP_MAGIC):
         raise InputError(f"{path.name}: a zip within a zip; expected JSON lines, .gz or .zst in it. Unpack the outer one first.")
     codec = "zstd" if SKIPPABLE.match(head) else next((codec for magic, codec in MAGIC.items() if head.startswith(magic)), None)
-    refuse_format(head, path)
     limited = Limited(cast("Stream", buffered), path, max_inflation)
     if codec is None:
         yield limited
@@ -152,13 +161,8 @@ def _decompressed(packed: IO[bytes], path: Path, max_inflation: int) -> Generato
         yield Limited(stream, path, max_inflation)
 
 
-def refuse_format(head: bytes, path: Path) -> None:
-    """Refuse what is told by its first bytes to be no JSON lines.
-
-    Raises:
-        InputError: naming the format.
-    """
-    if found := next((name for magic, name in UNREAD.items() if head.startswith(magic)), None):
+def _refuse_format(content: bytes, path: Path) -> None:
+    if found := next((name for magic, name in UNREAD.items() if content.startswith(magic)), None):
         raise InputError(
             f"{path.name}: {found}: got a file in that format; expected JSON lines in UTF-8, plain or as .gz, .zst or .zip. "
             "Convert it first."

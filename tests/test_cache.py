@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,23 @@ def test_keep_last_counts_finished_runs() -> None:
     assert collect(keep_last=1, age_seconds=0) == []
     store.verify(finished)
     store.verify(tried)
+
+
+@pytest.mark.parametrize("how", [{"child": True}, {"until": "read"}])
+def test_what_only_trains_or_ends_early_is_not_the_last_run(how: dict[str, Any]) -> None:
+    whole = made_by_a_run("a")
+    with runs.run_record("toy", {}, **how):
+        part = toy.read.fn("b", SampleConfig(rows=1)).data
+    assert collect(keep_last=1, age_seconds=0) == []
+    store.verify(whole)
+    store.verify(part)
+
+
+def test_a_copy_that_is_being_merged_is_kept(home: Path) -> None:
+    (home / "served" / "ab" / ".draft").mkdir(parents=True)
+    with locks.flock(home / "served" / "ab.lock", remove=True):
+        assert [entry.path for entry in collect(keep_last=1, age_seconds=0)] == []
+    assert [entry.path for entry in collect(keep_last=1, age_seconds=0)] == ["served/ab"]
 
 
 def test_dry_run_only_says() -> None:

@@ -21,6 +21,7 @@ import yaml
 from checkout import PROJECT
 from flows import deploy
 from flows.recipes import shipped_names
+from tasks.refs import ConfigError
 
 POOLS = sorted((PROJECT / "deployments" / "pools").glob("*.json"))
 HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
@@ -116,6 +117,34 @@ def test_kubernetes_job_asks_for_one_gpu_where_it_trains(prefect_api: str, pool:
     claims = {volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume}
     assert claims == {"amazon-ft-home", "amazon-ft-source"}
     assert {"name": "AMAZON_FT_HOME", "value": "/data"} in container["env"]
+
+
+def test_schedules_that_are_on_stay_on_when_deployments_are_registered_anew(prefect_api: str) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.schedules import CronSchedule
+
+    weekly, daily = CronSchedule(cron="0 3 * * 1"), CronSchedule(cron="0 3 * * *")
+    with get_client(sync_client=True) as client:
+        flow = client.create_flow_from_name("scheduled")
+        schedules = [DeploymentScheduleCreate(schedule=each, active=True) for each in (weekly, daily)]
+        deployment = client.create_deployment(flow, "scheduled", schedules=schedules)
+        before = deploy._switched_on()
+        for each in client.read_deployment(deployment).schedules:
+            client.delete_deployment_schedule(deployment, each.id)
+        client.create_deployment_schedules(deployment, [(weekly, False)])  # what the file says
+        deploy._switch_on(before)
+        now = {each.schedule.cron: each.active for each in client.read_deployment(deployment).schedules}
+        client.delete_deployment(deployment)
+    assert now == {weekly.cron: True, daily.cron: True}
+
+
+def test_without_a_server_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with temporary_settings(restore_defaults={PREFECT_API_URL}), pytest.raises(ConfigError, match=r"^PREFECT_API_URL: no server"):
+        deploy.server_url()
 
 
 def test_automation_is_one_that_prefect_accepts() -> None:

@@ -70,6 +70,13 @@ def test_old_driver_is_said(model: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert "Tesla K80 (11 GiB), driver 470.10.01" in found.found
 
 
+def test_a_gpu_without_memory_of_its_own_is_shown_without(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_server: None
+) -> None:
+    monkeypatch.setenv("PATH", driver(tmp_path / "bin", "0, GPU-1, NVIDIA GB10, 580.95.05, [N/A]"))
+    assert findings(model, "device=cuda")["gpu"].found.startswith("NVIDIA GB10, driver 580.95.05")
+
+
 def test_only_the_visible_gpu_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     second = H200.replace("0, GPU-1", "1, GPU-2")
     monkeypatch.setenv("PATH", driver(tmp_path / "bin", H200, second))

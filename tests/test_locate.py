@@ -55,6 +55,16 @@ def test_files_are_known_by_their_content(files: Path) -> None:
     assert (file.digest, file.size_bytes) == (hashlib.sha256(b"a.json").hexdigest(), 6)
 
 
+def test_what_leads_nowhere_is_said_with_all_else(files: Path) -> None:
+    (files / "gone.json").symlink_to(files / "away.json")
+    (files / "round.json").symlink_to(files / "round.json")
+    message = refusal(f"{files}/*.json", f"{files}/{'x' * 300}.json", "~nobody-of-that-name/a.json")
+    assert f"{files}/gone.json: is a link to nothing (No such file or directory); expected a file" in message
+    assert "round.json: is a link to nothing (Too many levels of symbolic links)" in message
+    assert "File name too long" in message
+    assert "~nobody-of-that-name/a.json: " in message
+
+
 def test_name_that_looks_like_a_glob_is_a_name_first(files: Path) -> None:
     (files / "[ab].json").write_text("brackets")
     assert located(f"{files}/[ab].json") == ["[ab].json"]

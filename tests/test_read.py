@@ -97,6 +97,41 @@ def test_damaged_file_is_named(tmp_path: Path, kind: str) -> None:
         assert refusal(path).endswith("expected a whole archive. Fetch the file again.")
 
 
+@pytest.mark.parametrize(
+    ("head", "name"), [(b"BZh91AY", "bzip2"), (b"\xfd7zXZ\x00", "xz"), ('{"title": "a"}'.encode("utf-16"), "UTF-16")]
+)
+@pytest.mark.parametrize("within", [False, True])
+def test_another_format_is_named(tmp_path: Path, head: bytes, name: str, within: bool) -> None:
+    path = tmp_path / "trn.json"
+    path.write_bytes(gzip.compress(head + LINES) if within else head + LINES)
+    assert refusal(path) == (
+        f"trn.json: {name}: got a file in that format; expected JSON lines in UTF-8, plain or as .gz, .zst or .zip. "
+        "Convert it first."
+    )
+
+
+def test_gzip_within_gzip_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "trn.json.gz"
+    path.write_bytes(gzip.compress(gzip.compress(LINES)))
+    assert refusal(path).startswith("trn.json.gz: gzip within an archive: got ")
+
+
+def test_zstd_may_begin_with_a_frame_to_skip(tmp_path: Path) -> None:
+    path = tmp_path / "trn.json.zst"
+    path.write_bytes(b"\x50\x2a\x4d\x18\x04\x00\x00\x00skip" + zstandard.compress(LINES))
+    assert read(path) == LINES
+
+
+def test_damaged_lzma_member_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "raw.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("trn.json", LINES)
+    data = bytearray(path.read_bytes())
+    data[60:90] = b"\x55" * 30
+    path.write_bytes(data)
+    assert refusal(path).startswith("raw.zip: damaged: got ")
+
+
 def bomb(kind: str, tmp_path: Path) -> Path:
     """400 MB of zeros in less than half a megabyte."""
     zeros = (bytes(2**20) for _ in range(400))

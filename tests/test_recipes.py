@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.recipes import load_recipe, shipped_names
+from flows.pipeline import plan
+from flows.recipes import check_until, load_recipe, shipped_names
 from tasks.refs import ConfigError
 
 
@@ -49,6 +50,38 @@ def test_every_mistake_is_reported_at_once(recipe: Path) -> None:
     assert any(
         line.startswith("  finetune.learnin_rate: unknown key; did you mean learning_rate? Allowed: backend, ") for line in lines
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        (
+            "tracking.uri=https://ml:s3cret@mlflow.corp/",
+            "tracking.uri: got 'https://ml:***@mlflow.corp/'; expected a URL without",
+        ),
+        ("ingest.sources=[https://bob:s3cret@host/trn.json]", "ingest.sources.0: got 'https://bob:***@host/trn.json'"),
+    ],
+)
+def test_a_password_in_a_url_is_refused_and_not_shown(recipe: Path, override: str, shown: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(str(recipe), [override])
+    assert shown in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_run_ends_only_with_a_stage_that_it_has() -> None:
+    check_until("pack", load_recipe("fast", ["ingest.sources=a.json"]))
+    with pytest.raises(ConfigError, match=r"until: no such stage in recipe demo: got pack; expected one of ingest, sample"):
+        check_until("pack", load_recipe("demo"))
+    with pytest.raises(ConfigError, match="got tokenise"):
+        check_until("tokenise", load_recipe("demo"))
+
+
+@pytest.mark.parametrize("verify", ["full", "size"])
+def test_the_demo_is_planned_on_an_empty_root(verify: str, home: Path) -> None:
+    steps = {step.name: step.state for step in plan(load_recipe("demo", [f"cache.verify={verify}"])).steps}
+    assert (steps["catalogue"], steps["ingest"], steps["save"]) == ("run", "unknown", "unknown")
+    assert not (home / "artifacts").exists()
 
 
 def test_impossible_combinations_are_reported_at_once(recipe: Path) -> None:

@@ -13,10 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flows.recipes import load_recipe
+from tasks.baseline import baseline
 from tasks.card import model_card, snippet
 from tasks.config import SaveConfig
+from tasks.evaluate import evaluate
+from tasks.finetune import finetune
 from tasks.modeldir import directory_model
-from tasks.refs import Adapter, Evaluation, InputError, Lineage, Model, SavedModel, StageRecord
+from tasks.refs import Adapter, Evaluation, InputError, Lineage, Model, SavedModel, Special, StageRecord, Tokenizer
 from tasks.save import publish_link, save, seeds
 from tests.tiny import BOS
 from tests.tuned import artifact_of
@@ -51,6 +54,18 @@ def save_with(adapter_path: Path, model: Model, config: SaveConfig) -> SavedMode
     recipe = load_recipe("demo").model_dump(mode="json")
     lineage = Lineage(recipe=recipe, stages=(StageRecord(name="ingest", key="k" * 64, digest="d" * 64, rows=3),))
     return save.fn(adapter, evaluation, template, model, model.tokenizer, config, lineage)
+
+
+def test_another_tokenizer_file_saves_anew_and_trains_nothing_anew() -> None:
+    model = {"path": "/m", "digest": "m", "name": "m"}
+    keys: dict[str, list[str]] = {}
+    for digest in "ab":
+        tokenizer = Tokenizer(path="/t", digest=digest, special=Special(bos="<s>", eos="</s>"))
+        inputs = {"model": Model(**model, tokenizer=tokenizer), "tokenizer": tokenizer}
+        for stage in (save, baseline, evaluate, finetune):
+            given = {name: inputs.get(name) for name in stage.parameters} | {"config": load_recipe("demo").finetune}
+            keys.setdefault(stage.name, []).append(stage.key(given))
+    assert {name for name, (one, other) in keys.items() if one == other} == {"finetune"}
 
 
 def test_everything_that_a_user_takes_away_is_there(saved: SavedModel) -> None:

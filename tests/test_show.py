@@ -13,6 +13,7 @@ from flows import show
 from flows.recipes import load_recipe
 from tasks.refs import home
 from tasks.runs import Run
+from tasks.stage import Plan, Step
 from tasks.store import publish
 
 TEXT = {"rougeL": 0.25, "chrf": 31.5}
@@ -37,6 +38,14 @@ def printed(entries: list[dict[str, Any]], recipe: str, verdict: dict[str, Any] 
     console = Console(file=io.StringIO(), width=80)
     show.outcome(Run(recipe, {}, stages=entries, verdict=verdict), load_recipe(recipe), None, console)
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+def test_what_looks_like_markup_in_a_setting_is_shown_as_it_is() -> None:
+    reason = "config.chat_template [INST] {INPUT} [/INST] -> [bold]x"
+    console = Console(file=io.StringIO(), width=120)
+    show.stages([{"name": "template", "state": "completed", "reason": reason}], console)
+    show.plan(Plan("demo", [Step("template", "run", reason)]), console)
+    assert console.file.getvalue().count(reason) == 2  # type: ignore[attr-defined]
 
 
 def words(lines: list[str]) -> list[list[str]]:

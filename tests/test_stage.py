@@ -57,6 +57,14 @@ def test_plan_runs_nothing_and_foresees_what_a_run_does(home: Path) -> None:
     assert not is_planning()
 
 
+@pytest.mark.parametrize("record", ["null", "[]", '"x"', "{}", "{"])
+def test_a_record_that_is_none_is_made_again(record: str, home: Path) -> None:
+    run()
+    for file in (home / "records").iterdir():
+        file.write_text(record)
+    assert states(run()) == ["completed", "completed"]
+
+
 def test_changed_input_is_named_with_both_values() -> None:
     run()
     assert reasons(plan(rows=5)) == [("run", "config.rows 2 -> 5"), ("unknown", "unknown until read")]

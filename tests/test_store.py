@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tasks import files, locks, runs, store
-from tasks.refs import Artifact, NoSpaceError
+from tasks.refs import Artifact, InputError, NoSpaceError
 from tasks.store import Missing
 
 
@@ -199,6 +200,27 @@ with locks.work_directory("k" * 64) as path:
     print(path, flush=True)
     time.sleep(60)
 """
+
+
+def test_the_memo_of_digests_is_done_without_where_it_is_damaged_or_cannot_be_written(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "data"
+    file.write_text("abc")
+    os.utime(file, (1, 1))
+    first = files.file_digest(file)
+    files.memo_file().write_text("no database at all, and long enough to be looked at" * 20)
+    assert files.file_digest(file) == first
+    assert files.file_digest(file) == first
+    monkeypatch.setattr(files.sqlite3, "connect", lambda *_, **__: (_ for _ in ()).throw(sqlite3.OperationalError("read-only")))
+    assert files.file_digest(file) == first
+
+
+def test_a_root_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMAZON_FT_HOME", "/proc/amazon-ft")
+    with pytest.raises(InputError, match=r"^AMAZON_FT_HOME: /proc/amazon-ft: .*; expected a directory to write to"):
+        with runs.run_record("demo", {}):
+            pass
 
 
 def test_second_trainer_waits_and_names_the_holder_and_no_lock_outlives_sigkill(home: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -212,6 +213,21 @@ def test_every_gpu_gets_a_worker_pinned_to_it_and_none_gets_one_all_the_same(cou
     trains = [item for name, item in processes.started.items() if name != "cpu-0"]
     assert [item.env.get("CUDA_VISIBLE_DEVICES") for item in trains] == devices
     assert all(item.command[-2:] == ("--limit", "1") for item in trains)
+
+
+def test_flow_runs_find_relative_paths_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("AMAZON_FT_DATA", raising=False)
+    assert up.environment(up.Options())["AMAZON_FT_DATA"] == str(tmp_path)
+    monkeypatch.setenv("AMAZON_FT_DATA", "/srv/data")
+    assert up.environment(up.Options())["AMAZON_FT_DATA"] == "/srv/data"
+
+
+def test_browsers_elsewhere_are_told_where_the_api_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_SERVER_UI_API_URL", raising=False)
+    assert "PREFECT_SERVER_UI_API_URL" not in up.environment(up.Options())
+    told = up.environment(up.Options(host="0.0.0.0", port=4300))["PREFECT_SERVER_UI_API_URL"]
+    assert told == f"http://{socket.getfqdn()}:4300/api"
 
 
 def test_what_ends_again_and_again_is_not_started_for_ever() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,16 @@ def test_the_order_of_rows_makes_no_difference() -> None:
     turned = candidate(shifted(-1.2))
     turned.metrics["per_row"].reverse()
     assert judge(new, OLD, PromoteConfig()) == judge(turned, OLD, PromoteConfig())
+
+
+def test_repeated_uids_are_rows_of_their_own() -> None:
+    def with_one_uid(model: Candidate) -> Candidate:
+        rows = [row | {"uids": ["same"]} for row in model.metrics["per_row"]]
+        return replace(model, metrics={**model.metrics, "per_row": rows})
+
+    verdict = judge(with_one_uid(candidate(shifted(-1.5))), with_one_uid(OLD), PromoteConfig())
+    assert verdict.promoted
+    assert verdict.against == ("base", "saved-model/old")
 
 
 def test_the_same_adapter_again_stays_promoted() -> None:
