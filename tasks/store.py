@@ -77,15 +77,15 @@ def publish(kind: str, *, need_bytes: int = 0) -> Generator[Draft]:
         NoSpaceError: when the disk has less than `need_bytes` free, or fills up while writing.
     """
     path = home() / "drafts" / f"{kind}-{uuid4().hex}"
-    with space_checked(path, need_bytes):
-        path.mkdir(parents=True)
-        with flock(path.with_suffix(".lock"), remove=True):
-            try:
-                draft = Draft(path)
-                yield draft
-                draft._published = _seal(draft, kind)  # pyright: ignore[reportPrivateUsage]
-            finally:
-                shutil.rmtree(path, ignore_errors=True)
+    # the lock comes before there is anything that gc could take for a leftover
+    with space_checked(path, need_bytes), flock(path.with_suffix(".lock"), remove=True):
+        path.mkdir()
+        try:
+            draft = Draft(path)
+            yield draft
+            draft._published = _seal(draft, kind)  # pyright: ignore[reportPrivateUsage]
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _seal(draft: Draft, kind: str) -> Artifact:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from checkout import PROJECT
-from flows.doctor import Finding, examine
+from flows.doctor import Finding, _fetchable, examine
 from flows.gpus import visible_gpus
 from flows.recipes import load_recipe
 from tiny import make_tiny_model
@@ -75,6 +75,14 @@ def test_a_gpu_without_memory_of_its_own_is_shown_without(
 ) -> None:
     monkeypatch.setenv("PATH", driver(tmp_path / "bin", "0, GPU-1, NVIDIA GB10, 580.95.05, [N/A]"))
     assert findings(model, "device=cuda")["gpu"].found.startswith("NVIDIA GB10, driver 580.95.05")
+
+
+def test_an_index_that_does_not_answer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "silent").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "silent").chmod(0o755)
+    monkeypatch.setattr("flows.doctor.sys.executable", str(tmp_path / "silent"))
+    monkeypatch.setattr("flows.doctor.PIP_SECONDS", 0.2)
+    assert _fetchable().found.endswith("no answer in 0.2 s")
 
 
 def test_only_the_visible_gpu_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
