@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.machinery import SourceFileLoader
 from typing import Any, cast
@@ -99,17 +100,22 @@ def _counts(module: str, importer: str) -> bool:
     return module not in BACKENDS or importer in BACKENDS
 
 
+PARSE_ATTEMPTS = 5
+"""Python 3.11 counts the depth of all threads' parsing together, so that one fails now and then where another parses too
+(`AST constructor recursion depth mismatch`). Source: https://github.com/python/cpython/issues/106905."""
+
+
 @cache
 def module_digest(module: str) -> str:
     """SHA-256 of a module's code; equal on Python 3.11 to 3.13, for a checkout and an installed wheel."""
-    return hashlib.sha256(json.dumps(_without_docstrings(ast.parse(_source(module))), ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_without_docstrings(_parse(module)), ensure_ascii=False).encode()).hexdigest()
 
 
 @cache
 def imported_modules(module: str) -> tuple[str, ...]:
     """First-party modules named by the import statements anywhere in a module, parents included."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(_source(module))):
+    for node in ast.walk(_parse(module)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -132,6 +138,14 @@ def _absolute(node: ast.ImportFrom, module: str) -> str:
 def _is_package(module: str) -> bool:
     spec = importlib.util.find_spec(module) if module.split(".")[0] in FIRST_PARTY else None
     return spec is not None and spec.submodule_search_locations is not None
+
+
+def _parse(module: str) -> ast.Module:
+    source = _source(module)
+    for _ in range(PARSE_ATTEMPTS):
+        with suppress(SystemError):
+            return ast.parse(source)
+    return ast.parse(source)
 
 
 def _source(module: str) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from checkout import Checkout
 from tasks.config import FinetuneConfig, IngestConfig, SampleConfig
-from tasks.identity import BACKENDS, _without_docstrings, canonical, code_digests, stage_key
+from tasks.identity import BACKENDS, _without_docstrings, canonical, code_digests, module_digest, stage_key
 from tasks.refs import Artifact, PipelineError, Products, Source, SourceFile
 
 DIGESTS = "import json, sys; from tasks.identity import code_digests; print(json.dumps(code_digests(sys.argv[1:])))"
@@ -31,6 +31,18 @@ def digests(checkout: Checkout, *modules: str, **options: str) -> dict[str, str]
 def test_artifact_counts_as_its_digest_alone() -> None:
     first = Artifact(kind="products", digest="ab", rows=3, size_bytes=10)
     assert canonical(first) == canonical(first.model_copy(update={"rows": 4})) == "ab"
+
+
+def test_parsing_that_another_thread_disturbs_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, parse, disturbed = module_digest.__wrapped__("tasks.sample"), ast.parse, iter([True, True, False])
+
+    def parse_now_and_then(source: str) -> ast.Module:
+        if next(disturbed):
+            raise SystemError("AST constructor recursion depth mismatch (before=57, after=75)")
+        return parse(source)
+
+    monkeypatch.setattr(ast, "parse", parse_now_and_then)
+    assert module_digest.__wrapped__("tasks.sample") == wanted
 
 
 def test_source_counts_by_content_not_by_place() -> None:
