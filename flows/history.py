@@ -124,7 +124,7 @@ def show_runs(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """One line a run."""
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 1))
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
     for name in ("run", "recipe", "started", "state"):
         table.add_column(name, no_wrap=True)
     table.add_column("nll", justify="right")
