@@ -62,7 +62,7 @@ def run_record(recipe: str, config: dict[str, Any], *, until: str | None = None,
         yield _open_runs[-1]
         return
     run = Run(recipe, config, until=until, child=child)
-    check_root()
+    _check_root()
     with flock(run.file.with_suffix(".lock"), remove=True):
         _open_runs.append(run)
         try:
@@ -74,7 +74,7 @@ def run_record(recipe: str, config: dict[str, Any], *, until: str | None = None,
             run.write()
 
 
-def check_root() -> None:
+def _check_root() -> None:
     """Refuse a root that can't be written, before anything is computed.
 
     Raises:

@@ -65,9 +65,8 @@ def train_apart(root: Path, model: Model, *configs: dict[str, Any]) -> list[dict
     """Train with Unsloth in a process of its own, without network; from a directory that it could litter."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("UNSLOTH_", "HF_HUB_"))}
     environment |= NO_NETWORK | {"AMAZON_FT_HOME": str(root / "home"), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")]).rstrip(
-        os.pathsep
-    )
+    paths = [str(Path(__file__).parents[1]), environment.get("PYTHONPATH")]  # packages may lie where the machine says
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     (root / "elsewhere").mkdir(exist_ok=True)
     command = [sys.executable, "-m", "tests.train_tiny", model.path, *(json.dumps({"backend": "unsloth"} | c) for c in configs)]
     done = subprocess.run(command, env=environment, cwd=root / "elsewhere", capture_output=True, text=True, check=False)

@@ -442,3 +442,14 @@ def test_the_bench_measures_the_backend_in_a_process_of_its_own(model: Model, tm
     assert ours["seconds_to_first_step"] > 0
     console.file.close()
     assert "No GPU here: a tiny model on the CPU" in (tmp_path / "told").read_text()
+
+
+def test_the_bench_refuses_a_model_that_is_not_computed_before_it_measures(model: Model, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from flows.bench.train import bench_train
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    other = model.model_copy(update={"path": str(tmp_path)})
+    with pytest.raises(ConfigError, match="got model_type gpt2"):
+        bench_train(other, tmp_path, held=("auto",), against_document=False, console=Console(quiet=True))

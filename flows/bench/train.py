@@ -21,7 +21,7 @@ from rich.table import Table
 from flows.bench.data import machine
 from flows.bench.processes import module, run
 from flows.recipes import load_recipe
-from tasks.backends import hardware
+from tasks.backends import choice, hardware
 from tasks.config import FinetuneConfig
 from tasks.refs import InputError, Model
 
@@ -38,11 +38,13 @@ def bench_train(model: Model, data: Path, *, held: tuple[str, ...], against_docu
     `data` holds packs.arrow and texts.json, a list of the texts that the packs are made of.
 
     Raises:
+        ConfigError: when the fast backend can't train the model.
         InputError: when the document's code is asked for and Unsloth is not installed.
     """
     if against_document and find_spec("unsloth") is None:
         raise InputError("bench train: --against document: got no package unsloth; expected it. pip install unsloth unsloth_zoo")
     device = device_here()
+    choice.check_model(Path(model.path), hardware.resolve_dtype("auto", device))
     if device == "cpu":
         console.print("No GPU here: a tiny model on the CPU, which shows that both sides run and says nothing of a GPU's speed.")
     limit, weights = matmul_limit(device), linear_weights(model)
