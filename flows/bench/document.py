@@ -5,7 +5,7 @@ usage: python -m flows.bench.document SOURCE TOKENIZER_DIR TURNS CONVERSATIONS C
 Steps 2 to 5 of the document, then tokenizing as its trainer does, with two processes.
 """
 # ruff: noqa: E402, I001  # unsloth must come first, and the environment before it
-# pyright: basic, reportOptionalCall=false
+# pyright: basic, reportOptionalCall=false, reportMissingImports=false
 
 from __future__ import annotations
 

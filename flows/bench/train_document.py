@@ -5,7 +5,7 @@ usage: python -m flows.bench.train_document MODEL_DIR TEXTS_JSON DEVICE STEPS WI
 Items 7 to 9 of the document (README.md, "The recipe"), with the arguments that current TRL has renamed.
 """
 # ruff: noqa: I001  # unsloth must come first, and the environment before it
-# pyright: basic, reportOptionalCall=false
+# pyright: basic, reportOptionalCall=false, reportMissingImports=false
 
 from __future__ import annotations
 
