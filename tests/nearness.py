@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn import functional
 
@@ -46,10 +47,9 @@ def packed(
     wrapped: Any, rows: Rows, *, kind: frozen.Kind = "plain", collate: Callable[..., Any] | None = None, **how: Any
 ) -> tuple[float, Tensor]:
     """Loss and logits of all rows in one pack; the gradients are left in the wrapped model."""
-    longest = max(64, *(len(row["input_ids"]) for row in rows))
     compiled, checkpointed = how.get("compiled", False), how.get("checkpointed", False)
-    llama = PackedLlama(wrapped, kind, longest=longest, checkpointed=checkpointed, compiled=compiled)
-    batch = {name: part.to(wrapped.device) for name, part in (collate or Collator())(rows).items()}
+    llama = PackedLlama(wrapped, kind, checkpointed=checkpointed, compiled=compiled)
+    batch = send_to_device((collate or Collator())(rows), wrapped.device)
     loss = llama.loss(batch, (batch["shift_labels"] != -100).sum())
     loss.backward()
     with torch.no_grad():

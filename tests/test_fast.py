@@ -166,6 +166,7 @@ def test_the_collator_lays_rows_end_to_end() -> None:
     assert batch["input_ids"].tolist() == [[0, 7, 8, 1, 0, 9, 1, 0, 0, 0]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 0]]
     assert batch["bounds"].tolist() == [0, 4, 7, 9, 10, 10]
+    assert batch["sizes"] == (4, 4)
     assert batch["positions"].tolist() == [0, 1, 2, 4, 5, 0, 0, 0]
     assert batch["shift_labels"].tolist() == [7, 8, 1, 9, 1, -100, -100, -100]
     assert batch["attention_mask"].sum() == 7
@@ -241,7 +242,7 @@ def fifty_steps(wrapped: Any, loss_of: Callable[[Rows, int], Tensor], micro: int
 
 def fifty_packed_steps(model: Model, micro: int, *, checkpointed: bool) -> list[float]:
     wrapped = tiny_llama(model, torch.float32)
-    llama = PackedLlama(wrapped, "plain", longest=64, checkpointed=checkpointed, compiled=False)
+    llama = PackedLlama(wrapped, "plain", checkpointed=checkpointed, compiled=False)
     return fifty_steps(wrapped, lambda rows, items: llama.loss(Collator()(rows), items), micro)
 
 

@@ -1,6 +1,7 @@
 """The fast backend: packs on one GPU as fast as it allows; on the CPU the same arithmetic, for tests and small models.
 
-    loading.py -> PEFT -> packed.py        the model: frozen matrices fused, compiled layers, attention within rows
+    loading.py -> PEFT -> packed.py        the model: frozen matrices fused, compiled layers
+    packed.py -> attention.py              attention within rows
     transformers.Trainer -> trainer.py     the loop: schedule, clipping, checkpoints, resume, telemetry, as the other backends
 
 What is our own here, because no library does it as fast or at all, and by how much, is measured in tests/bench/LOG.md.
@@ -45,7 +46,7 @@ def make_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     rows = read_rows(job)
-    packed = take_over(job, wrapped, measure(rows))
+    packed = take_over(job, wrapped)
 
     class PackedTrainer(Trainer):
         def compute_loss(self, model: Any, inputs: Any, *_: Any, num_items_in_batch: Any = None, **__: Any) -> Any:
@@ -97,7 +98,7 @@ def measure(dataset: Any) -> Lengths:
     return Lengths(pack, int(pc.max(pc.list_flatten(table["seq_lengths"])).as_py()), longest("seq_lengths"))
 
 
-def take_over(job: Job, wrapped: Any, lengths: Lengths) -> PackedLlama:
+def take_over(job: Job, wrapped: Any) -> PackedLlama:
     """The wrapped model as a function of packs."""
     from tasks.backends.packed import PackedLlama
 
@@ -105,7 +106,6 @@ def take_over(job: Job, wrapped: Any, lengths: Lengths) -> PackedLlama:
     return PackedLlama(
         wrapped,
         resolved.frozen_weights,
-        longest=lengths.row,
         checkpointed=resolved.gradient_checkpointing == "full",
         compiled=resolved.device == "cuda" and resolved.dtype != "float32",
     )

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from inspect import signature
-from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, cast
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from tasks.backends import frozen
+from tasks.backends.attention import attend
 from tasks.backends.frozen import Kind
 from tasks.backends.linear_loss import IGNORED, linear_loss
 
@@ -50,6 +50,15 @@ class Map(NamedTuple):
     """B of each map, (out, rank)."""
 
 
+class Rows(NamedTuple):
+    """Where the rows of a batch are, as tasks/backends/attention.py reads them."""
+
+    bounds: Tensor
+    """Their starts, and the end of the last."""
+    sizes: Tensor
+    """[rows, tokens of the longest]; on the CPU."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """What a block must know beside its tensors."""
@@ -60,14 +69,12 @@ class Shape:
     scaling: float
     """LoRA's alpha / rank."""
     epsilon: float
-    longest: int
-    """Tokens of the longest row."""
 
 
 class PackedLlama:
     """A PEFT-wrapped LlamaForCausalLM as a function from a batch to its loss."""
 
-    def __init__(self, wrapped: Any, kind: Kind, *, longest: int, checkpointed: bool, compiled: bool) -> None:
+    def __init__(self, wrapped: Any, kind: Kind, *, checkpointed: bool, compiled: bool) -> None:
         """Take over the frozen matrices of `wrapped`, which can no longer run by itself then."""
         llama, config = wrapped.get_base_model(), wrapped.config
         self._body, self._head = llama.model, llama.lm_head.weight
@@ -82,42 +89,42 @@ class PackedLlama:
             head_size=size,
             scaling=lora_scaling(wrapped),
             epsilon=config.rms_norm_eps,
-            longest=longest,
         )
         self._checkpointed, self._compiled = checkpointed, compiled
         self._block = torch.compile(block, dynamic=False) if compiled else block
         self._refresh = torch.compile(refresh_layer, dynamic=False) if compiled else refresh_layer
 
-    def loss(self, batch: Mapping[str, Tensor], items: Tensor | int) -> Tensor:
+    def loss(self, batch: Mapping[str, Any], items: Tensor | int) -> Tensor:
         """Negative log-likelihood of the batch's labelled tokens over `items`, the labelled tokens of a whole step."""
         hidden = self.hidden(batch).index_select(0, batch["positions"])
         hidden = rms_norm(hidden, self._body.norm.weight, self._shape.epsilon)
         return linear_loss(hidden, self._head, batch["shift_labels"], items, compiled=self._compiled)
 
-    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (T, vocabulary) of every token."""
         return rms_norm(self.hidden(batch), self._body.norm.weight, self._shape.epsilon) @ self._head.t()
 
-    def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def hidden(self, batch: Mapping[str, Any]) -> Tensor:
         """What the last layer makes of the tokens, (T, W), before the last norm."""
         x = self._body.embed_tokens(batch["input_ids"])
         cos, sin = (part[0] for part in self._body.rotary_emb(x, batch["position_ids"]))
         x = x[0].detach().requires_grad_(torch.is_grad_enabled())  # as in later layers, so that one compiled block serves all
+        rows = Rows(batch["bounds"], torch.tensor(batch["sizes"]))
         for maps, norms in self._layers:
             self._refresh(maps, self._shape, x.dtype)
-            inputs = (x, cos, sin, batch["bounds"], maps, norms, self._shape)
+            inputs = (x, cos, sin, rows, maps, norms, self._shape)
             x = checkpoint(self._block, *inputs, use_reentrant=False) if self._checkpointed else self._block(*inputs)
         return x
 
 
 def block(
-    x: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor, maps: Sequence[Map], norms: tuple[Tensor, Tensor], shape: Shape
+    x: Tensor, cos: Tensor, sin: Tensor, rows: Rows, maps: Sequence[Map], norms: tuple[Tensor, Tensor], shape: Shape
 ) -> Tensor:
-    """One decoder layer: x (T, W) to (T, W); rows begin and end at `bounds`."""
+    """One decoder layer: x (T, W) to (T, W)."""
     into_heads, out_of_heads, widen, narrow = maps
     heads = _apply(into_heads, rms_norm(x, norms[0], shape.epsilon), shape).view(len(x), -1, shape.head_size)  # (T, H + 2G, D)
     q, k, v = heads.split([shape.query_heads, shape.key_heads, shape.key_heads], 1)
-    mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, bounds, shape.longest)
+    mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, *rows)
     x = x + _apply(out_of_heads, mixed.reshape(len(x), -1), shape)
     gate, up = _apply(widen, rms_norm(x, norms[1], shape.epsilon), shape).chunk(2, 1)
     return x + _apply(narrow, functional.silu(gate) * up, shape)
@@ -145,25 +152,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on x (T, heads, D) with cos and sin (T, D)."""
     left, right = x.chunk(2, -1)
     return x * cos[:, None] + torch.cat([-right, left], -1) * sin[:, None]
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
-    """Causal attention within each row: q (T, H, D), k and v (T, G, D) to (T, H, D).
-
-    On a GPU in half precision by torch's flash attention for variable lengths; elsewhere row by row.
-    """
-    if q.is_cuda and q.dtype != torch.float32:
-        from torch.nn.attention.varlen import varlen_attn
-
-        grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
-        return cast("Tensor", varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), **grouped))
-    rows = [slice(start, end) for start, end in pairwise(bounds.tolist()) if end > start]
-    return torch.cat([_attend_row(q[row], k[row], v[row]) for row in rows])
-
-
-def _attend_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-    return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
 
 
 def take_over(parent: Any, names: Sequence[str], kind: Kind, dtype: torch.dtype) -> Map:
@@ -231,20 +219,21 @@ class Collator:
     """Rows or packs to one sequence, on the CPU.
 
     {"input_ids": [0, 7, 8, 1, 0, 9, 1], "labels": [...], "seq_lengths": [4, 3]}
-        ->  position_ids 0 1 2 3 0 1 2, bounds 0 4 7, positions: tokens whose successor is labelled, shift_labels: those
+        ->  position_ids 0 1 2 3 0 1 2, bounds 0 4 7, positions: tokens whose successor is labelled, shift_labels: those,
+            sizes (2, 4): how many rows, and the tokens of the longest; numbers, since tensors are moved to the GPU
     """
 
     tokens: int = 0
     """Fill up to a multiple of this, with rows that nothing is learnt from; 0: leave the length."""
     longest: int = 0
-    """No such row is longer than this: attention on a GPU leaves what is beyond the longest row undefined."""
+    """No such row is longer than this."""
     rows: int = 0
     """Fill `bounds` up to so many rows, empty ones."""
     slice: int = 0
     """Fill the labelled positions up to a multiple of this."""
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """The batch as tensors."""
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch as tensors, but for `sizes`."""
         lengths = [length for example in examples for length in example.get("seq_lengths") or [len(example["input_ids"])]]
         ids = [token for example in examples for token in example["input_ids"]]
         labels = torch.tensor([label for example in examples for label in example["labels"]])
@@ -261,6 +250,7 @@ class Collator:
             "attention_mask": (torch.arange(len(ids)) < text)[None],
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
             "labels": labels[None],
+            "sizes": (len(lengths), max(lengths)),
             "bounds": functional.pad(bounds, (0, max(0, self.rows + 1 - len(bounds))), value=len(ids)),
             "positions": functional.pad(positions, (0, room)),
             "shift_labels": functional.pad(labels[positions + 1], (0, room), value=IGNORED),
@@ -280,7 +270,6 @@ __all__ = [
     "Collator",
     "PackedLlama",
     "Shape",
-    "attend",
     "block",
     "lora_scaling",
     "refresh_layer",

@@ -70,7 +70,7 @@ def train(model: Path, way: str, rows: Rows, seed: int, steps: int) -> dict[str,
 
     wrapped = loaded(model, seed, in_nf4=way == "nf4")
     kind = "plain" if way == "nf4" else way
-    llama = PackedLlama(wrapped, kind, longest=TOKENS, checkpointed=False, compiled=False)  # pyright: ignore[reportArgumentType]
+    llama = PackedLlama(wrapped, kind, checkpointed=False, compiled=False)  # pyright: ignore[reportArgumentType]
     optimizer = torch.optim.AdamW(adapter_of(wrapped).values(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     order = random.Random(seed).sample(range(len(rows)), steps * ROWS_A_STEP)

@@ -34,6 +34,14 @@ def profile(session: Session, found: dict[str, Any]) -> None:
         found[held] = worker(session, f"profile-{held}", "profile", held)
 
 
+def attention(session: Session, found: dict[str, Any]) -> None:
+    """What it saves to tell attention the true sizes of each pack."""
+    if session.rehearse:
+        found["skipped"] = "kernels of a GPU are timed, and there is none"
+        return
+    found |= worker(session, "attention", "attention")
+
+
 def correct(session: Session, found: dict[str, Any]) -> None:
     """Logits and gradients against float32, row by row: SmolLM2's weights, and two layers of Llama-3-8B's width."""
     found |= worker(session, "correct", "correct")
@@ -80,6 +88,7 @@ def called(session: Session, name: str, module: str, *arguments: str) -> str:
 PHASES: dict[str, Callable[[Session, dict[str, Any]], None]] = {
     "speed": speed,
     "profile": profile,
+    "attention": attention,
     "correct": correct,
     "capped": capped,
 }

@@ -1,6 +1,6 @@
 """One measurement of the fast backend in a process of its own; ends with a line `RESULT {...}`.
 
-python -m tests.bench.gpu_fast_worker profile|correct|capped MODEL_DIR DATA_DIR DEVICE [HELD|GIB]
+python -m tests.bench.gpu_fast_worker profile|attention|correct|capped MODEL_DIR DATA_DIR DEVICE [HELD|GIB]
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,6 +34,8 @@ TEXTS, TOKENS = 8, 512
 """Of the comparison with float32."""
 LAYERS = 2
 """Of Llama-3-8B, in that comparison."""
+PACKS = 20
+"""Whose attention is timed."""
 
 
 def profile(model: Path, data: Path, device: str, held: str) -> dict[str, Any]:
@@ -72,6 +75,38 @@ def profile(model: Path, data: Path, device: str, held: str) -> dict[str, Any]:
         "kernels": [[name[:120], round(us / 1000 / PROFILED, 3), count / PROFILED] for name, us, count in rows[:KERNELS]],
         "trained": told,
     }
+
+
+def attention(model: Path, data: Path, device: str) -> dict[str, Any]:
+    """Milliseconds of a layer's attention, forward and backward, when told the true sizes of a pack and the largest of all."""
+    from datasets import Dataset
+    from triton.testing import do_bench
+
+    from tasks.backends.fast import EVEN, measure, round_up
+
+    packs: Any = Dataset.from_file(str(data / "packs.arrow"))
+    most = measure(packs)
+    tokens = round_up(most.pack, EVEN)
+    collate = Collator(tokens=tokens, longest=most.row, rows=most.rows + -(-tokens // most.row))
+    heads, groups, size = LLAMA3_8B["num_attention_heads"], LLAMA3_8B["num_key_value_heads"], 128
+    told: dict[str, Any] = {"largest": [collate.rows, most.row], "sizes": [], "ms_true": [], "ms_largest": []}
+    for pack in packs.select(range(PACKS)):
+        batch = collate([pack])
+        shapes = [(tokens, some, size) for some in (heads, groups, groups)]
+        parts = [torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+        bounds, grad = batch["bounds"].to(device), torch.randn(shapes[0], device=device, dtype=torch.bfloat16)
+        for name, sizes in (("ms_true", batch["sizes"]), ("ms_largest", told["largest"])):
+            step = partial(attend_and_back, parts, grad, bounds, torch.tensor(sizes))
+            told[name].append(round(do_bench(step, warmup=20, rep=100, grad_to_none=parts, return_mode="median"), 4))
+        told["sizes"].append(list(batch["sizes"]))
+    return told | {f"median_{name}": sorted(told[name])[PACKS // 2] for name in ("ms_true", "ms_largest")}
+
+
+def attend_and_back(parts: list[torch.Tensor], grad: torch.Tensor, bounds: torch.Tensor, sizes: torch.Tensor) -> None:
+    """What is timed."""
+    from tasks.backends.attention import attend
+
+    attend(*parts, bounds, sizes).backward(grad)
 
 
 def correct(model: Path, data: Path, device: str) -> dict[str, Any]:
@@ -206,7 +241,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     kind, model, data, device, *rest = sys.argv[1:]
     began = time.monotonic()
-    found = {"profile": profile, "correct": correct, "capped": capped}[kind](Path(model), Path(data), device, *rest)
+    found = {"profile": profile, "attention": attention, "correct": correct, "capped": capped}[kind](
+        Path(model), Path(data), device, *rest
+    )
     print("RESULT", json.dumps(found | {"process_seconds": round(time.monotonic() - began, 1)}), flush=True)
 
 

@@ -16,7 +16,7 @@ written all the while, so that a killed session keeps what it has measured.
     small      SmolLM2-135M: losses against three runs of the document's code; recipes judged on the same answers
     alone      SmolLM2-135M: seconds of as-written and of fast with nothing else on the GPU
     versions   the same losses by each Unsloth in CARRIED/unsloth-VERSION (pip install --target)
-    speed, profile, correct, capped       the fast backend: tests/bench/gpu_fast.py
+    speed, profile, attention, correct, capped       the fast backend: tests/bench/gpu_fast.py
     tests      pytest -m gpu
 
 --rehearse does all of it on a CPU with a tiny model: it shows that the script runs, and measures nothing.
@@ -247,7 +247,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("carried", "work", "results"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--phases", default="setup,timing,steps,speed,capped,alone,small+versions+tests+correct,deployed,profile")
+    parser.add_argument(
+        "--phases", default="setup,timing,steps,speed,capped,alone,small+versions+tests+correct,deployed,attention,profile"
+    )
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
     groups = [group.split("+") for group in options.phases.split(",")]

