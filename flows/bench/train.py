@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rich.table import Table
 
 from flows.bench.data import machine
 from flows.bench.processes import module, run
+from flows.gpus import one_gpu
 from flows.recipes import load_recipe
 from tasks.backends import choice, hardware
 from tasks.config import FinetuneConfig
@@ -33,7 +35,7 @@ FLOP_PER_WEIGHT = 4
 
 
 def bench_train(model: Model, data: Path, *, held: tuple[str, ...], against_document: bool, console: Console) -> dict[str, Any]:
-    """Measure and print; all numbers, with machine and versions.
+    """Measure on one GPU, held meanwhile, and print; all numbers, with machine and versions.
 
     `data` holds packs.arrow and texts.json, a list of the texts that the packs are made of.
 
@@ -43,12 +45,16 @@ def bench_train(model: Model, data: Path, *, held: tuple[str, ...], against_docu
     """
     if against_document and find_spec("unsloth") is None:
         raise InputError("bench train: --against document: got no package unsloth; expected it. pip install unsloth unsloth_zoo")
+    with one_gpu("cuda"):
+        return _bench(model, data, [*held, *(["document"] if against_document else [])], console)
+
+
+def _bench(model: Model, data: Path, sides: Sequence[str], console: Console) -> dict[str, Any]:
     device = device_here()
     choice.check_model(Path(model.path), hardware.resolve_dtype("auto", device))
     if device == "cpu":
         console.print("No GPU here: a tiny model on the CPU, which shows that both sides run and says nothing of a GPU's speed.")
     limit, weights = matmul_limit(device), linear_weights(model)
-    sides = [*held, *(["document"] if against_document else [])]
     measured: dict[str, Any] = {}
     for side in sides:
         measured[side] = measure(side, model, data, device)

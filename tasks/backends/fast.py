@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.backends import Job, Progress
 from tasks.backends.hf import add_adapter
 from tasks.backends.loading import load_base, load_tokenizer
-from tasks.backends.trainer import read_rows, run, sft_arguments
+from tasks.backends.trainer import on_one_gpu, read_rows, run, sft_arguments
 
 if TYPE_CHECKING:
     from tasks.backends.packed import Collator, PackedLlama
@@ -56,7 +56,7 @@ def make_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
     known = {name: value for name, value in sft_arguments(job).items() if name not in ONLY_TRL}
     trainer = PackedTrainer(
         model=wrapped,
-        args=TrainingArguments(**(known | settings())),
+        args=on_one_gpu(TrainingArguments(**(known | settings(job.resolved.device)))),
         train_dataset=rows,
         data_collator=collator(job, measure(rows)),
         processing_class=tokenizer,
@@ -66,10 +66,15 @@ def make_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
     return trainer
 
 
-def settings() -> dict[str, Any]:
-    """TrainingArguments of this backend: no autocast, for packed.py casts where it must, and no waiting for each loss."""
+def settings(device: str) -> dict[str, Any]:
+    """TrainingArguments of this backend: no autocast, for packed.py casts where it must, and no waiting for each loss.
+
+    Nor for a batch to be copied to the GPU: that would be waiting until all steps before are done, and only then laying out
+    the next pack, while the GPU has nothing to do.
+    """
     names = ("bf16", "fp16", "remove_unused_columns", "gradient_checkpointing", "logging_nan_inf_filter")
-    return dict.fromkeys(names, False)
+    copying = {"accelerator_config": {"non_blocking": True}} if device == "cuda" else {}
+    return dict.fromkeys(names, False) | copying
 
 
 @dataclass(frozen=True)

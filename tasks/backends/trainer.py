@@ -72,7 +72,7 @@ def make_trainer(job: Job, model: Any, tokenizer: Any, settings: dict[str, Any])
         model=model,
         processing_class=tokenizer,
         train_dataset=read_rows(job),
-        args=SFTConfig(**(sft_arguments(job) | settings)),
+        args=on_one_gpu(SFTConfig(**(sft_arguments(job) | settings))),
     )
     trainer.remove_callback(PrinterCallback)
     for parameter in model.parameters():
@@ -121,6 +121,12 @@ def sft_arguments(job: Job) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+def on_one_gpu(arguments: Any) -> Any:
+    """TrainingArguments for one GPU; where more are visible, a Trainer would spread each batch over all of them."""
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def planned_steps(trainer: Any) -> int:
@@ -229,4 +235,14 @@ def prints_to_stderr() -> Generator[None]:
         yield
 
 
-__all__ = ["fit", "make_trainer", "planned_steps", "prints_to_stderr", "read_rows", "rows_of_step", "run", "sft_arguments"]
+__all__ = [
+    "fit",
+    "make_trainer",
+    "on_one_gpu",
+    "planned_steps",
+    "prints_to_stderr",
+    "read_rows",
+    "rows_of_step",
+    "run",
+    "sft_arguments",
+]

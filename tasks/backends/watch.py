@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,7 @@ class Watch:
         if not records:
             return
         self._waiting = []
+        records = _on_time(records, time.monotonic() - self._began)
         with self._log.open("a") as file:
             file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
             file.flush()
@@ -195,6 +196,12 @@ def _fetch(pending: Pending) -> StepRecord:
         memory_gib=pending.memory_gib,
         held_out_loss=pending.held_out_loss,
     )
+
+
+def _on_time(records: Sequence[StepRecord], now: float) -> list[StepRecord]:
+    """Records whose steps the GPU has done by now, later than they were noted: what is missing is shared out evenly."""
+    late = (now - records[-1].seconds) / len(records)
+    return [replace(record, seconds=round(record.seconds + late * number, 3)) for number, record in enumerate(records, 1)]
 
 
 def _named(uids: Sequence[str]) -> str:
