@@ -1,4 +1,4 @@
-"""The tests of test_deployed.py and test_outage.py again, with the server's data in PostgreSQL, as a team's server has it."""
+"""The tests of test_deployed.py again, with the server's data in PostgreSQL, as a team's server has it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from test_deployed import (
     test_run_completes_and_trains_on_the_cuda_pool,
     test_second_run_is_all_cached_without_a_child,
 )
-from test_outage import test_training_goes_on_while_the_server_is_away
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
@@ -74,5 +73,4 @@ __all__ = [
     "test_missing_worker_is_said_with_the_command_that_starts_one",
     "test_run_completes_and_trains_on_the_cuda_pool",
     "test_second_run_is_all_cached_without_a_child",
-    "test_training_goes_on_while_the_server_is_away",
 ]
