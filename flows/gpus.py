@@ -80,7 +80,7 @@ def _first_free(gpus: Sequence[Gpu]) -> tuple[Gpu, int]:
             if (handle := _lock(gpu)) is not None:
                 return gpu, handle
         if not told:
-            logger.warning("finetune waits: another training holds %s.", ", ".join(f"GPU {gpu.index}" for gpu in gpus))
+            logger.warning("waits for a GPU: another training holds %s.", ", ".join(f"GPU {gpu.index}" for gpu in gpus))
             told = True
         time.sleep(LOOK_SECONDS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -443,6 +444,29 @@ def test_the_bench_measures_the_backend_in_a_process_of_its_own(model: Model, tm
     assert ours["seconds_to_first_step"] > 0
     console.file.close()
     assert "No GPU here: a tiny model on the CPU" in (tmp_path / "told").read_text()
+
+
+def test_the_bench_measures_on_one_gpu_of_several_and_holds_it(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.console import Console
+
+    from flows import gpus
+    from flows.bench import train as bench
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(gpus.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(gpus, "list_gpus", lambda: [gpus.Gpu(str(index), f"GPU-{index}", "", "", None) for index in (0, 1)])
+    seen: list[str] = []
+
+    def measured(*_: Any) -> dict[str, Any]:
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+        assert gpus._lock(gpus.list_gpus()[0]) is None, "free for another training"
+        return {}
+
+    monkeypatch.setattr(bench, "_bench", measured)
+    bench.bench_train(model, tmp_path, held=("auto",), against_document=False, console=Console(quiet=True))
+    assert seen == ["GPU-0"]
 
 
 def test_the_bench_refuses_a_model_that_is_not_computed_before_it_measures(model: Model, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tasks.backends import Report
-from tasks.backends.trainer import on_one_gpu
 from tasks.backends.watch import LOG, Verdict, Watch, read_log
+from tests.tiny import make_tiny_model, tiny_reference, tiny_tokens
+from tests.train_tiny import train
 
 
 class Listener:
@@ -43,12 +44,21 @@ def test_steps_that_the_gpu_does_later_than_they_were_noted_take_their_share_of_
     assert [second / seconds[-1] for second in seconds] == pytest.approx([0.25, 0.5, 0.75, 1], abs=0.05)
 
 
-def test_a_batch_is_never_spread_over_several_gpus(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["hf", "fast"])
+def test_a_batch_is_never_spread_over_the_gpus_that_are_visible(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import TrainingArguments
 
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2)
-    assert arguments.n_gpu == 0
-    assert on_one_gpu(arguments).n_gpu == 0
-    arguments._n_gpu = 2  # as where two are visible
-    assert arguments.train_batch_size == 4
-    assert on_one_gpu(arguments).train_batch_size == 2
+    def visible(arguments: TrainingArguments) -> int:
+        _ = arguments._setup_devices
+        return arguments._n_gpu or 2  # 0 is what this machine has
+
+    model, rows = tiny_reference(make_tiny_model(tmp_path / "tiny")), tiny_tokens(40)
+    alone = read_log(train(model, rows, backend=backend, gradient_checkpointing="none").log / LOG)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(visible))
+    assert TrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2).train_batch_size == 4
+    of_two = read_log(train(model, rows, backend=backend, gradient_checkpointing="none", seed=1).log / LOG)
+    assert [record.tokens for record in alone] != [record.tokens for record in of_two], "another seed, so that it is trained"
+    assert len(alone) == len(of_two)
+    assert max(record.tokens for record in of_two) < 1.5 * max(record.tokens for record in alone)

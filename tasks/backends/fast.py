@@ -120,11 +120,16 @@ def collator(job: Job, lengths: Lengths) -> Collator:
     """Batches of one shape on a GPU, so that one compilation serves all; as long as they are on the CPU."""
     from tasks.backends.packed import Collator
 
-    if job.resolved.device == "cpu":
-        return Collator()
-    most = job.config.batch_size * lengths.pack
-    tokens = round_up(most if job.packed else -(-most // LENGTHS), EVEN)
-    rows = job.config.batch_size * lengths.rows + -(-tokens // lengths.row)
+    return Collator() if job.resolved.device == "cpu" else gpu_collator(lengths, job.config.batch_size, packed=job.packed)
+
+
+def gpu_collator(lengths: Lengths, batch_size: int, *, packed: bool) -> Collator:
+    """The shapes that a GPU sees of data of such lengths."""
+    from tasks.backends.packed import Collator
+
+    most = batch_size * lengths.pack
+    tokens = round_up(most if packed else -(-most // LENGTHS), EVEN)
+    rows = batch_size * lengths.rows + -(-tokens // lengths.row)
     return Collator(tokens=tokens, longest=lengths.row, rows=rows, slice=SLICE_STEP)
 
 
@@ -137,4 +142,4 @@ def round_up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-__all__ = ["FastBackend", "collator", "make_trainer", "measure", "round_up", "settings", "take_over"]
+__all__ = ["FastBackend", "collator", "gpu_collator", "make_trainer", "measure", "round_up", "settings", "take_over"]

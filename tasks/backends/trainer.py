@@ -124,7 +124,10 @@ def sft_arguments(job: Job) -> dict[str, Any]:
 
 
 def on_one_gpu(arguments: Any) -> Any:
-    """TrainingArguments for one GPU; where more are visible, a Trainer would spread each batch over all of them."""
+    """TrainingArguments for one GPU; where more are visible, a Trainer would spread each batch over all of them.
+
+    A run hides the others (flows/gpus.py), but only where nvidia-smi tells of them.
+    """
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 

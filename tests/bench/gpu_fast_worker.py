@@ -82,17 +82,17 @@ def attention(model: Path, data: Path, device: str) -> dict[str, Any]:
     from datasets import Dataset
     from triton.testing import do_bench
 
-    from tasks.backends.fast import EVEN, measure, round_up
+    from tasks.backends.fast import gpu_collator, measure
 
     packs: Any = Dataset.from_file(str(data / "packs.arrow"))
     most = measure(packs)
-    tokens = round_up(most.pack, EVEN)
-    collate = Collator(tokens=tokens, longest=most.row, rows=most.rows + -(-tokens // most.row))
-    heads, groups, size = LLAMA3_8B["num_attention_heads"], LLAMA3_8B["num_key_value_heads"], 128
+    collate = gpu_collator(most, 1, packed=True)
+    heads, groups = LLAMA3_8B["num_attention_heads"], LLAMA3_8B["num_key_value_heads"]
+    size = LLAMA3_8B["hidden_size"] // heads
     told: dict[str, Any] = {"largest": [collate.rows, most.row], "sizes": [], "ms_true": [], "ms_largest": []}
     for pack in packs.select(range(PACKS)):
         batch = collate([pack])
-        shapes = [(tokens, some, size) for some in (heads, groups, groups)]
+        shapes = [(collate.tokens, some, size) for some in (heads, groups, groups)]
         parts = [torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
         bounds, grad = batch["bounds"].to(device), torch.randn(shapes[0], device=device, dtype=torch.bfloat16)
         for name, sizes in (("ms_true", batch["sizes"]), ("ms_largest", told["largest"])):
