@@ -336,7 +336,7 @@ class Stage(Generic[P, R]):
         if before["key"] == key:
             return "did not finish last time" + (f"; {left}" if left else "")
         differences = [*code_changes(before["code"], self.code(inputs)), *changes("", before["inputs"], canonical(inputs))]
-        return "; ".join(differences or ["stage version changed"]) + (f"; {left}" if left else "")
+        return "; ".join(differences or ["stage version or modules changed"]) + (f"; {left}" if left else "")
 
 
 @contextmanager

@@ -244,6 +244,19 @@ def test_bfloat16_on_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch
     )
 
 
+@pytest.mark.parametrize(("capability", "told"), [("AVX2", True), ("AVX512", False)])
+def test_bfloat16_on_a_cpu_that_is_slow_at_it_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capability: str, told: bool
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(hardware, "machine", lambda: "x86_64")
+    assert hardware.resolve(FinetuneConfig(backend="hf"), WeightsConfig(dtype="bfloat16"), "cpu").dtype == "bfloat16"
+    assert ("this CPU has no AVX-512: got bfloat16" in caplog.text) is told
+    caplog.clear()
+    hardware.resolve(FinetuneConfig(backend="hf"), WeightsConfig(), "cpu")
+    assert not caplog.text
+
+
 def test_float16_on_the_cpu_is_refused(model: Model) -> None:
     with pytest.raises(ConfigError, match=r"^model.dtype: no float16 training on the CPU: got float16; expected auto"):
         train(model, tiny_tokens(4), dtype="float16")

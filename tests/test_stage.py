@@ -158,7 +158,7 @@ def test_lineage_tells_the_stages_so_far() -> None:
 def test_version_of_a_stage_is_part_of_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
     run()
     monkeypatch.setattr(toy.read, "version", 2)
-    assert reasons(plan())[0] == ("run", "stage version changed")
+    assert reasons(plan())[0] == ("run", "stage version or modules changed")
 
 
 def test_lookup_finds_what_a_run_recorded() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from platform import machine
 from typing import Literal
 
 from tasks.backends import Resolved
 from tasks.config import FinetuneConfig, WeightsConfig
 from tasks.refs import ConfigError, InputError, Model
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 DType = Literal["bfloat16", "float16", "float32"]
@@ -87,7 +91,18 @@ def resolve_dtype(wanted: str, device: str) -> DType:
                     f"model.dtype: {device_name(device)} has no bfloat16: got bfloat16; expected float16 or auto. "
                     "Set model.dtype=auto."
                 )
+            if device == "cpu" and _lacks_avx512():
+                logger.warning(
+                    "model.dtype: this CPU has no AVX-512: got bfloat16, in which a step takes many times as long here; "
+                    "expected float32 or auto. Set model.dtype=auto unless memory is short."
+                )
             return "bfloat16"
+
+
+def _lacks_avx512() -> bool:
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability() in {"DEFAULT", "AVX2"} and machine() in {"x86_64", "AMD64"}
 
 
 def _has_bfloat16() -> bool:
