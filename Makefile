@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles what it imports; of torch and its company that is a small part.
+INSTALL := $(PIP) install -q --no-compile -c constraints.txt
 # Without an NVIDIA driver, torch's CPU build is preferred where its index can be reached.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 CPU_TORCH = $(shell command -v nvidia-smi >/dev/null 2>&1 || \
@@ -15,16 +17,16 @@ UNSLOTH := unsloth==2026.10.9 unsloth_zoo==2026.10.9 cut_cross_entropy==25.1.1
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "Python %d.%d: expected 3.11 to 3.13; set PYTHON=python3.12" % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt $(CPU_TORCH) torch
-	$(PIP) install -q -c constraints.txt -e .
+	$(INSTALL) $(CPU_TORCH) torch
+	$(INSTALL) -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) install -q -c constraints.txt -e .[dev]
+	$(INSTALL) -e .[dev]
 	@touch $@
 
 $(VENV)/.unsloth: $(VENV)/.dev
-	$(PIP) install -q --no-deps $(UNSLOTH)
+	$(INSTALL) --no-deps $(UNSLOTH)
 	@touch $@
 
 install: $(VENV)/.base
@@ -41,7 +43,7 @@ check: install-dev
 	$(BIN)/lint-imports --no-cache
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 lock: install-dev
 	$(PIP) install -q --dry-run --ignore-installed --report $(VENV)/report.json torch==2.13.0 .[dev]

@@ -89,7 +89,7 @@ def push(directory: Path, repository: str, token: str) -> str:
         reason = str(error).strip().split("\n")[0].replace(token, "***")
         raise PipelineError(
             f"export --push {repository}: {type(error).__name__}: {reason}; expected a repository that {TOKEN} may write to, "
-            f"such as you/name. What was exported is kept in {directory}."
+            f"such as you/name. What was exported is kept; upload it with: hf upload --private {repository} {directory}"
         ) from None
     return str(made)
 

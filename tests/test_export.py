@@ -186,6 +186,7 @@ def test_a_refused_push_tells_no_token(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(PipelineError) as caught:
         push(tmp_path, "me/mine", "hf_secret")
     assert "OSError: 403 for ***; expected a repository that HF_TOKEN may write to" in str(caught.value)
+    assert str(caught.value).endswith(f"is kept; upload it with: hf upload --private me/mine {tmp_path}")
 
 
 def test_without_a_token_nothing_is_written(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
