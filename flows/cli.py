@@ -76,6 +76,8 @@ def _run_flow(recipe: Recipe, until: StageName | None, debug: bool) -> SavedMode
 
     quiet = {} if debug else {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
     os.environ |= {"PREFECT_LOGGING_EXTRA_LOGGERS": "tasks,flows", "DO_NOT_TRACK": "1", **quiet}
+    if not err.is_terminal:  # bars are for those who watch
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with prefect_server():
         from flows.amazon_ft import amazon_ft
 
