@@ -1,7 +1,4 @@
-"""Tests of test_deployed.py again, with the server's data in PostgreSQL, as a team's server has it.
-
-Those that look at workers and at the words of a failure are not repeated: a server's database has no part in them.
-"""
+"""The tests of test_deployed.py again, with the server's data in PostgreSQL, as a team's server has it."""
 
 from __future__ import annotations
 
@@ -18,7 +15,10 @@ from served import Served, serve
 from test_deployed import (
     finished_run,
     test_artifacts_of_both_runs_are_readable,
+    test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint,
+    test_failure_of_the_training_reaches_the_parent_in_its_own_words,
     test_killed_training_crashes_the_run_and_a_retry_reruns_only_that,
+    test_killed_worker_crashes_its_run_with_the_cause_and_up_starts_it_again,
     test_missing_worker_is_said_with_the_command_that_starts_one,
     test_run_completes_and_trains_on_the_cuda_pool,
     test_second_run_is_all_cached_without_a_child,
@@ -66,7 +66,10 @@ def served(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 __all__ = [
     "finished_run",
     "test_artifacts_of_both_runs_are_readable",
+    "test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint",
+    "test_failure_of_the_training_reaches_the_parent_in_its_own_words",
     "test_killed_training_crashes_the_run_and_a_retry_reruns_only_that",
+    "test_killed_worker_crashes_its_run_with_the_cause_and_up_starts_it_again",
     "test_missing_worker_is_said_with_the_command_that_starts_one",
     "test_run_completes_and_trains_on_the_cuda_pool",
     "test_second_run_is_all_cached_without_a_child",
