@@ -43,7 +43,7 @@ check: install-dev
 	$(BIN)/lint-imports --no-cache
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term
 
 lock: install-dev
 	$(PIP) install -q --dry-run --ignore-installed --report $(VENV)/report.json torch==2.13.0 .[dev]

@@ -98,7 +98,7 @@ def test_nothing_left_in_any_file_fails(tmp_path: Path) -> None:
 
 def test_cluster_without_its_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CLUSTER, "tcp://nowhere:1")
-    monkeypatch.setitem(sys.modules, "prefect_dask", None)
+    monkeypatch.setitem(sys.modules, "prefect_dask.task_runners", None)  # which another test may have imported
     with pytest.raises(ConfigError) as refused:
         task_runner()
     assert str(refused.value) == (
