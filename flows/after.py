@@ -34,7 +34,7 @@ def ask(
     from flows.ask import ask as answer
     from flows.saved import find_saved
 
-    _quieten()
+    hide_bars()
     saved = find_saved(model)
     _tell(f"model: {saved.path}")
     options = Options(title, question, compare, max_new_tokens)
@@ -54,7 +54,7 @@ def export(
     from flows.export import push as upload
     from flows.saved import find_saved
 
-    _quieten()
+    hide_bars()
     saved, token = find_saved(model), read_token() if push else ""
     announce(write(saved, how, out.absolute()), out, typer.echo)
     if push:
@@ -70,7 +70,7 @@ def serve(
     from flows.saved import find_saved
     from flows.serve import serve as become_server
 
-    _quieten()
+    hide_bars()
     become_server(find_saved(model), port, _tell)
 
 
@@ -105,7 +105,7 @@ def compare(
         show_comparison(found, Console())
 
 
-def _quieten() -> None:
+def hide_bars() -> None:
     """Keep the libraries' progress bars out of what is printed; before they are imported."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -114,4 +114,4 @@ def _tell(text: str) -> None:
     err.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
-__all__ = ["app"]
+__all__ = ["app", "hide_bars"]

@@ -14,6 +14,7 @@ from rich.logging import RichHandler
 
 from flows import show
 from flows.after import app as after_app
+from flows.after import hide_bars
 from flows.bench import app as bench_app
 from flows.deploy import PoolType
 from flows.recipes import StageName, check_until, load_recipe
@@ -77,7 +78,7 @@ def _run_flow(recipe: Recipe, until: StageName | None, debug: bool) -> SavedMode
     quiet = {} if debug else {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
     os.environ |= {"PREFECT_LOGGING_EXTRA_LOGGERS": "tasks,flows", "DO_NOT_TRACK": "1", **quiet}
     if not err.is_terminal:  # bars are for those who watch
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        hide_bars()
     with prefect_server():
         from flows.amazon_ft import amazon_ft
 
