@@ -12,7 +12,7 @@ import socket
 import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,11 +52,11 @@ _board: ContextVar[Board | None] = ContextVar("board", default=None)
 
 
 class Queue:
-    """Calls to the server, one after another, on a thread of their own."""
+    """Calls to the server of the settings that the caller has, one after another, on a thread of their own."""
 
     def __init__(self) -> None:
         self._jobs: queue.Queue[tuple[Job, threading.Event] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._run, name="artifacts", daemon=True)
+        self._thread = threading.Thread(target=copy_context().run, args=(self._run,), name="artifacts", daemon=True)
         self._failed = False
         self._thread.start()
 

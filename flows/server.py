@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tasks.refs import PipelineError, home
 
-START_SECONDS = 90
+START_SECONDS = 180
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_UI_ENABLED": "false",

@@ -26,7 +26,7 @@ from flows.gpus import Gpu, visible_gpus
 from flows.server import wait_until_healthy
 from tasks.refs import ConfigError, PipelineError, home
 
-ONLINE_SECONDS = 60
+ONLINE_SECONDS = 180
 WORKER_SECONDS, SERVER_SECONDS = guard.RUN_SECONDS + 2 * guard.END_SECONDS, 2 * guard.END_SECONDS
 STAY_SECONDS = 10
 """What ends earlier than this after its start would do so again."""

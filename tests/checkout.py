@@ -47,7 +47,6 @@ class Checkout:
             env={**os.environ, "PYTHONPATH": str(self.path), "PYTHONDONTWRITEBYTECODE": "1", **env},
             capture_output=True,
             text=True,
-            timeout=280,
         )
         assert not check or result.returncode == 0, result.stderr[-4000:]
         return result

@@ -12,7 +12,7 @@ CHECK = 'def test_it(golden):\n    golden("rows.json", "[1]\\n")\n'
 
 def run_pytest(directory: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", directory / "tests", *flags]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
 
 
 def test_a_golden_file_changes_only_by_its_flag(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def bomb(kind: str, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst", "zip"])
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_decompression_bomb_is_refused(tmp_path: Path, kind: str) -> None:
     path = bomb(kind, tmp_path)
     most = 64 * 2**20 + path.stat().st_size * 200

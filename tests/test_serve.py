@@ -44,10 +44,10 @@ def test_a_real_request_is_answered_as_the_merged_model_answers(base: Path, home
         until(lambda: process.poll() is not None or httpx.get(f"http://127.0.0.1:{port}/health").is_success)
         chat = [{"role": "user", "content": "Chaleira"}]
         asked = {"model": "demo", "messages": chat, "max_tokens": 8, "temperature": 0, "stream": False}
-        answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=asked, timeout=60)
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=asked, timeout=300)
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(30)
+        process.wait(120)
     assert answer.is_success, (tmp_path / "serve.log").read_text()
     (merged,) = (home / "served").glob("*/demo")
     tokenizer, model = AutoTokenizer.from_pretrained(merged), AutoModelForCausalLM.from_pretrained(merged)

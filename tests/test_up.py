@@ -52,7 +52,7 @@ def test_guarded_process_ends_with_a_parent_that_is_killed() -> None:
         child = psutil.Process(int(parent.stdout.readline()))
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        child.wait(20)
+        child.wait(120)
     assert not child.is_running()
 
 
@@ -127,39 +127,41 @@ class Server:
         self.sent: list[Any] = []
 
 
-def running_queue() -> Queue:
-    """A queue whose thread has its client: making the first takes seconds on a busy machine."""
-    jobs, running = Queue(), threading.Event()
-    jobs.put(lambda _: running.set())
-    assert running.wait(60)
-    return jobs
-
-
 def test_queue_never_waits_for_the_server_nor_fails_with_it(prefect_api: str, caplog: pytest.LogCaptureFixture) -> None:
-    jobs, server = running_queue(), Server()
-    jobs.put(lambda _: server.release.wait(20))
+    jobs, server = Queue(), Server()
+    jobs.put(lambda _: server.release.wait())
     jobs.put(lambda _: 1 / 0)
-    started = time.monotonic()
     for number in range(100):
         jobs.put(lambda _, number=number: server.sent.append(number))
-    assert time.monotonic() - started < 0.5
     assert server.sent == []
     server.release.set()
+    jobs.put(lambda _: None).wait()
     jobs.close()
     assert server.sent == list(range(100))
     assert "the run goes on" in caplog.text
 
 
+def test_queue_talks_to_the_server_of_its_maker(prefect_api: str) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    jobs, found = Queue(), list[str]()
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        other = Queue()
+    for queue in (jobs, other):
+        queue.put(lambda client: found.append(str(client.api_url))).wait()
+        queue.close()
+    assert [url.rstrip("/") for url in found] == [prefect_api, "http://127.0.0.1:9/api"]
+
+
 def test_reports_that_come_while_the_server_is_away_do_not_pile_up(prefect_api: str) -> None:
-    jobs, server = running_queue(), Server()
+    jobs, server = Queue(), Server()
     live = LiveTraining(Board(uuid4(), "demo", jobs))
     listener = Detached(live)
-    jobs.put(lambda _: server.release.wait(20))
-    started = time.monotonic()
+    away = jobs.put(lambda _: server.release.wait())
     for step in range(1, 1001):
         listener.report(Report(step, 1000, 1.0, 1.0, 1e-4, 100.0, 0.0))
-    assert time.monotonic() - started < 1
-    assert jobs._jobs.qsize() <= 2
+    assert not away.is_set()
+    assert jobs._jobs.qsize() <= 3  # the one that waits, where the thread has yet to begin, and a report's two
     server.release.set()
     listener.close()
     jobs.close()
@@ -168,18 +170,18 @@ def test_reports_that_come_while_the_server_is_away_do_not_pile_up(prefect_api: 
 
 def test_end_of_a_run_does_not_wait_for_ever(prefect_api: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flows.artifacts.END_SECONDS", 0.2)
-    jobs, server = running_queue(), Server()
-    jobs.put(lambda _: server.release.wait(20))
-    started = time.monotonic()
+    jobs, server = Queue(), Server()
+    away = jobs.put(lambda _: server.release.wait())
     jobs.close()
-    assert time.monotonic() - started < 2
+    assert not away.is_set()
     server.release.set()
+    away.wait()
 
 
 def test_artifact_is_made_once_and_then_updated(prefect_api: str) -> None:
     import httpx
 
-    jobs = running_queue()
+    jobs = Queue()
     board = Board(uuid4(), "demo", jobs)
     for text in ("# One", "# Two"):
         board.show("training", "steps", lambda text=text: text)

@@ -30,6 +30,7 @@ SIZES = [
     "evaluate.generations=2",
     "evaluate.max_new_tokens=8",
 ]
+PATIENCE_SECONDS = 400
 SHORT = ["finetune.max_steps=4", "finetune.logging_steps=1", "finetune.save_steps=2"]
 
 
@@ -93,10 +94,10 @@ class Served:
         """The one child of a run, as soon as it is there."""
         return until(lambda: self.children(run))[0]
 
-    def ended(self, run: str, seconds: float = 150) -> dict[str, Any]:
+    def ended(self, run: str) -> dict[str, Any]:
         """The run in its final state."""
         final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-        return until(lambda: found if (found := self.run(run))["state_type"] in final else None, seconds)
+        return until(lambda: found if (found := self.run(run))["state_type"] in final else None)
 
     def tasks(self, run: str, run_count: int = 1) -> dict[str, str]:
         """{task run: state} of a run's first or later try."""
@@ -146,18 +147,18 @@ class Served:
         """Ctrl-C."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-            self.process.wait(90)
+            self.process.wait(PATIENCE_SECONDS)
 
 
-def until(found: Callable[[], Any], seconds: float = 120) -> Any:
-    """What is found, as soon as it is; the server may be away."""
-    give_up = time.monotonic() + seconds
+def until(found: Callable[[], Any]) -> Any:
+    """What is found, as soon as it is; the server may be away, and the machine as busy as it likes."""
+    give_up = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < give_up:
         with suppress(httpx.HTTPError):
             if value := found():
                 return value
         time.sleep(0.3)
-    pytest.fail(f"not found within {seconds} s")
+    pytest.fail(f"not found within {PATIENCE_SECONDS} s")
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:

@@ -128,8 +128,8 @@ def test_killed_training_crashes_the_run_and_a_retry_reruns_only_that(served: Se
     run = served.start(*long, "finetune.max_steps=300")
     child = served.training(run)
     served.process_of(child).kill()
-    assert served.ended(child, 120)["state_type"] == "CRASHED"
-    assert served.ended(run, 120)["state_type"] == "CRASHED"
+    assert served.ended(child)["state_type"] == "CRASHED"
+    assert served.ended(run)["state_type"] == "CRASHED"
     assert "SIGKILL" in served.run(run)["state"]["message"]
     served.set_state(run, "SCHEDULED", name="AwaitingRetry", force=True)  # what the page's Retry does
     until(lambda: served.run(run)["run_count"] == 2)
@@ -147,8 +147,8 @@ def test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint(
     before = served.checkpoints()
     served.set_state(run, "CANCELLING")
     assert served.ended(run)["state_type"] == "CANCELLED"
-    until(lambda: served.checkpoints() - before, 30)
-    until(lambda: served.run(child)["state_type"] == "CANCELLED", 60)
+    until(lambda: served.checkpoints() - before)
+    until(lambda: served.run(child)["state_type"] == "CANCELLED")
 
 
 def test_killed_worker_crashes_its_run_with_the_cause_and_up_starts_it_again(
@@ -158,9 +158,9 @@ def test_killed_worker_crashes_its_run_with_the_cause_and_up_starts_it_again(
     child = served.training(run)
     worker = served.process_named("inner", "--name", "cuda-0")
     worker.kill()
-    assert served.ended(child, 120)["state_type"] == "CRASHED"
+    assert served.ended(child)["state_type"] == "CRASHED"
     assert "worker that ran this was killed" in served.run(child)["state"]["message"]
-    assert served.ended(run, 120)["state_type"] == "CRASHED"
+    assert served.ended(run)["state_type"] == "CRASHED"
     until(lambda: served.process_named("inner", "--name", "cuda-0").pid != worker.pid)
 
 
@@ -171,7 +171,7 @@ def page(url: str, profile: Path) -> str:
         pytest.skip("no Chromium is on this machine")
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
     shown = [chromium, *options, "--window-size=1400,1300", "--virtual-time-budget=15000", "--dump-dom", url]
-    return html.unescape(subprocess.run(shown, capture_output=True, text=True, check=True, timeout=120).stdout)
+    return html.unescape(subprocess.run(shown, capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.mark.slow

@@ -143,7 +143,7 @@ def test_fifty_kills_of_the_bare_stages(fresh: Tiny, tmp_path: Path) -> None:
     assert kills == 50
     quiet = tmp_path / "quiet"
     for root in (home, quiet):
-        assert started([str(PROGRAM), str(fresh.recipe)], root, PROJECT).wait(60) == 0
+        assert started([str(PROGRAM), str(fresh.recipe)], root, PROJECT).wait() == 0
     assert contents(home) == contents(quiet)
     collect_in(home)
     assert_no_leftovers(home)

@@ -16,7 +16,6 @@ STEPS = 600
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_training_goes_on_while_the_server_is_away(served: Served, long: list[str]) -> None:
     run = served.start(*long, f"finetune.max_steps={STEPS}", "finetune.seed=1")
     child = served.training(run)
@@ -30,7 +29,7 @@ def test_training_goes_on_while_the_server_is_away(served: Served, long: list[st
     assert before < counts[0]
     assert counts == sorted(counts)
     assert counts[0] < counts[-1] or counts[-1] % STEPS == 0  # the end of the training
-    assert served.ended(child, 400)["state_type"] == "COMPLETED"
+    assert served.ended(child)["state_type"] == "COMPLETED"
     assert served.ended(run)["state_type"] == "COMPLETED", served.run(run)["state"]
 
 
@@ -41,7 +40,7 @@ def test_ctrl_c_ends_everything_after_the_training_wrote_a_checkpoint(served: Se
     assert len(served.processes()) >= 6
     served.stop()
     assert served.process.returncode == 0
-    until(lambda: not served.processes(), 20)
+    until(lambda: not served.processes())
     assert served.checkpoints() - before
     with closing(sqlite3.connect(served.root / "prefect" / "prefect.db")) as database:
         states = dict(database.execute("select id, state_type from flow_run where id in (?, ?)", (run, child)))

@@ -74,7 +74,7 @@ def cluster(home: Path) -> Iterator[Any]:
     assert process.stdout
     yield process.stdout.readline().strip()
     process.stdin.close()
-    process.wait(30)
+    process.wait(120)
     process.stdout.close()
 
 
