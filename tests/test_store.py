@@ -176,7 +176,7 @@ from tasks import files, locks, runs, store
 with store.publish("products") as draft:
     (draft / "rows.txt").write_text("half")
     print("wrote", flush=True)
-    time.sleep(60)
+    time.sleep(900)
 """
 
 
@@ -198,7 +198,7 @@ import time
 from tasks import files, locks, runs, store
 with locks.work_directory("k" * 64) as path:
     print(path, flush=True)
-    time.sleep(60)
+    time.sleep(900)
 """
 
 

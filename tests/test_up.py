@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 import psutil
@@ -71,42 +72,49 @@ def test_port_in_use_is_said_with_the_ways_out(tmp_path: Path) -> None:
     assert "Traceback" not in said
 
 
-def test_two_trainings_take_two_gpus_and_a_third_waits(tmp_path: Path) -> None:
-    second = H200.replace("0, GPU-1", "1, GPU-2")
-    env = os.environ | {"PATH": driver(tmp_path / "bin", H200, second), "TMPDIR": str(tmp_path)}
+@contextmanager
+def training(env: dict[str, str], seconds: int) -> Iterator[tuple[subprocess.Popen[str], IO[str], IO[str]]]:
+    """A training of that length on the first free GPU, and what it says: the GPU, and whether it waits for one."""
+    command = [sys.executable, "-c", TRAINS, str(seconds)]
+    with subprocess.Popen(command, cwd=PROJECT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            yield process, process.stdout, process.stderr
+        finally:
+            process.kill()
+
+
+def trained(env: dict[str, str]) -> str:
+    """The GPU of a training from its start to its end."""
+    with training(env, 0) as (_, output, _):
+        return output.read()
+
+
+def host(folder: Path, *gpus: str) -> dict[str, str]:
+    """The environment of a host with these GPUs."""
+    env = os.environ | {"PATH": driver(folder / "bin", *gpus), "TMPDIR": str(folder)}
     env.pop("CUDA_VISIBLE_DEVICES", None)
-    seconds = ("60", "2", "0")
-    running = [
-        subprocess.Popen([sys.executable, "-c", TRAINS, wait], cwd=PROJECT, env=env, stdout=subprocess.PIPE)
-        for wait in seconds[:1]
-    ]
-    assert running[0].stdout is not None
-    first = running[0].stdout.readline().strip()
-    answers = [
-        subprocess.run([sys.executable, "-c", TRAINS, wait], cwd=PROJECT, env=env, capture_output=True, check=True).stdout.strip()
-        for wait in seconds[1:]
-    ]
-    running[0].kill()
-    running[0].communicate()
-    freed = subprocess.run(
-        [sys.executable, "-c", TRAINS, "0"], cwd=PROJECT, env=env, capture_output=True, check=True
-    ).stdout.strip()
-    assert first == freed == b"GPU-11111111-2222-3333-4444-555555555555"
-    assert set(answers) == {b"GPU-21111111-2222-3333-4444-555555555555"}
+    return env
+
+
+def test_two_trainings_take_two_gpus_and_a_third_what_is_free_again(tmp_path: Path) -> None:
+    env = host(tmp_path, H200, H200.replace("0, GPU-1", "1, GPU-2"))
+    with training(env, 900) as (_, output, _):
+        first = output.readline()
+        assert [trained(env), trained(env)] == ["GPU-21111111-2222-3333-4444-555555555555\n"] * 2
+    assert first == trained(env) == "GPU-11111111-2222-3333-4444-555555555555\n"
 
 
 def test_training_waits_for_a_gpu_that_another_holds(tmp_path: Path) -> None:
-    env = os.environ | {"PATH": driver(tmp_path / "bin", H200), "TMPDIR": str(tmp_path)}
-    env.pop("CUDA_VISIBLE_DEVICES", None)
-    with subprocess.Popen([sys.executable, "-c", TRAINS, "3"], cwd=PROJECT, env=env, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None
-        holder.stdout.readline()
-        taken = time.monotonic()
-        waiting = subprocess.run(
-            [sys.executable, "-c", TRAINS, "0"], cwd=PROJECT, env=env, capture_output=True, text=True, check=True
-        )
-        assert time.monotonic() - taken > 2
-    assert "another training holds GPU 0" in waiting.stderr
+    env = host(tmp_path, H200)
+    with training(env, 900) as (holder, output, _):
+        held = output.readline()
+        with training(env, 0) as (waiting, taken, said):
+            assert "another training holds GPU 0" in said.readline()
+            assert waiting.poll() is None
+            holder.kill()
+            assert taken.read() == held
 
 
 def test_stream_to_a_dead_worker_swallows_the_line() -> None:
