@@ -30,8 +30,9 @@ SIZES = [
     "evaluate.generations=2",
     "evaluate.max_new_tokens=8",
 ]
-PATIENCE_SECONDS = 400
 SHORT = ["finetune.max_steps=4", "finetune.logging_steps=1", "finetune.save_steps=2"]
+PATIENCE_SECONDS = 400
+"""How long to wait for what must happen: most of it takes seconds on an idle machine, and minutes on a busy one."""
 
 
 @dataclass
