@@ -11,13 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from tasks.refs import PipelineError, home
 
 START_SECONDS = 180
+STOP_SECONDS = 5.0
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_UI_ENABLED": "false",
@@ -51,11 +52,20 @@ def prefect_server() -> Generator[str]:
         finally:
             _send_last_logs()
             del os.environ["PREFECT_API_URL"]
-            process.terminate()
-            try:
-                process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            end([process], STOP_SECONDS)
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Terminate processes and wait for them; kill what is left after so many seconds."""
+    for process in processes:
+        process.terminate()
+    give_up = time.monotonic() + seconds
+    for process in processes:
+        try:
+            process.wait(max(0.1, give_up - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _send_last_logs() -> None:

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from flows import deploy, guard
 from flows.gpus import Gpu, visible_gpus
-from flows.server import wait_until_healthy
+from flows.server import end, wait_until_healthy
 from tasks.refs import ConfigError, PipelineError, home
 
 ONLINE_SECONDS = 180
@@ -84,7 +84,7 @@ class Processes:
             (processes[1:2], WORKER_SECONDS),
             (processes[:1], SERVER_SECONDS),
         ):
-            _end(group, seconds)
+            end(group, seconds)
 
     def revive(self, console: Console) -> None:
         """Start again what ended by itself.
@@ -242,16 +242,3 @@ def _ended_by_signals() -> Generator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _end(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
-    """Terminate processes and wait for them; kill what is left after so many seconds."""
-    for process in processes:
-        process.terminate()
-    give_up = time.monotonic() + seconds
-    for process in processes:
-        try:
-            process.wait(max(0.1, give_up - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()

@@ -25,6 +25,7 @@ from flows.deployed import Unbroken
 from flows.gpus import Gpu
 from flows.names import run_name, run_tags, short_digest
 from flows.recipes import load_recipe
+from flows.server import end
 from tasks.backends import Report
 from tasks.backends.progress import Detached
 from tasks.refs import PipelineError
@@ -55,6 +56,15 @@ def test_guarded_process_ends_with_a_parent_that_is_killed() -> None:
         parent.wait()
         child.wait(120)
     assert not child.is_running()
+
+
+def test_process_that_will_not_end_is_killed_and_waited_for() -> None:
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(900)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as stubborn:
+        assert stubborn.stdout is not None
+        stubborn.stdout.readline()
+        end([stubborn], 0.2)
+        assert stubborn.returncode == -signal.SIGKILL
 
 
 def test_port_in_use_is_said_with_the_ways_out(tmp_path: Path) -> None:
