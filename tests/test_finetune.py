@@ -57,13 +57,11 @@ def interrupted(home: Path, model: Model, changes: dict[str, Any], how: signal.S
     """A training in its own process, ended by the signal as soon as its first checkpoint is sealed."""
     arguments = [sys.executable, "-m", "tests.train_tiny", model.path, json.dumps(changes)]
     process = subprocess.Popen(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 400
     while not list(home.glob("work/*/checkpoint-*/seal.json")):
         assert process.poll() is None, "the training ended before its first checkpoint"
-        assert time.monotonic() < deadline, "no checkpoint in 400 s"
         time.sleep(0.002)
     process.send_signal(how)
-    process.wait(timeout=400)
+    process.wait()
     return process
 
 
