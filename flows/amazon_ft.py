@@ -8,21 +8,21 @@ from typing import cast
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from flows.artifacts import show_model, show_report, show_verdict, shown
-from flows.child import ChildError
-from flows.deployed import supervised
-from flows.names import name_run
-from flows.page import write_report
 from flows.pipeline import pipeline
-from flows.promote import promote
 from flows.recipes import build_recipe, check_until
-from flows.shards import task_runner
-from flows.tracking import check_tracking, track
-from tasks import runs
+from flows.reports.page import write_report
+from flows.reports.trackers import check_tracking, track
+from flows.reports.ui import show_model, show_report, show_verdict, shown
+from flows.running.child import ChildError
+from flows.running.deployed import supervised
+from flows.running.naming import name_run
+from flows.running.promotion import promote
+from flows.running.shards import task_runner
+from tasks.caching import runs
+from tasks.caching.stage import StageReached, ending_with
 from tasks.config import Recipe
 from tasks.refs import SavedModel
 from tasks.save import publish_link
-from tasks.stage import StageReached, ending_with
 
 
 @flow(name="amazon-ft", flow_run_name=name_run, task_runner=task_runner())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from flows.dispatch import tune
-from flows.shards import read_products
+from flows.running.dispatch import tune
+from flows.running.shards import read_products
+from tasks.caching.stage import Plan, lineage, planning
+from tasks.caching.store import verifying
 from tasks.catalogue import catalogue
 from tasks.config import Recipe
 from tasks.ingest import locate_source
@@ -13,14 +15,12 @@ from tasks.refs import Prepared, SavedModel
 from tasks.sample import sample
 from tasks.save import save
 from tasks.sharegpt import sharegpt
-from tasks.stage import Plan, lineage, planning
-from tasks.store import verifying
 from tasks.template import template
 from tasks.tokenize import tokenize
 
 
 def pipeline(recipe: Recipe) -> SavedModel:
-    """All stages of a recipe; each call runs, is served from its record, or is only planned (tasks/stage.py)."""
+    """All stages of a recipe; each call runs, is served from its record, or is only planned (tasks/caching/stage.py)."""
     with verifying(recipe.cache.verify):
         source = catalogue(recipe.catalogue) if recipe.catalogue else locate_source(recipe.ingest.sources)
         model = base_model(recipe.model)

@@ -6,16 +6,16 @@ from contextlib import suppress
 
 from prefect import flow
 
-from flows.artifacts import shown
-from flows.deployed import supervised
-from flows.dispatch import finetune_and_evaluate
-from flows.gpus import one_gpu
-from flows.names import name_run
-from tasks import runs
+from flows.reports.ui import shown
+from flows.running.deployed import supervised
+from flows.running.dispatch import finetune_and_evaluate
+from flows.running.gpus import one_gpu
+from flows.running.naming import name_run
+from tasks.caching import runs
+from tasks.caching.stage import StageReached, ending_with, last_stage
 from tasks.config import Recipe
 from tasks.model import with_weights
 from tasks.refs import Adapter, Evaluation, Prepared
-from tasks.stage import StageReached, ending_with, last_stage
 
 
 @flow(name="amazon-ft-train", flow_run_name=name_run)

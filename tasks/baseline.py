@@ -1,15 +1,15 @@
 """Baseline: what the base model says on the held-out rows, asked once for all adapters that are set beside it.
 
-baseline/     said.json (tasks/heldout.py)
+baseline/     said.json (tasks/evaluation/answers.py)
 """
 
 from __future__ import annotations
 
+from tasks.caching.stage import stage
+from tasks.caching.store import publish
 from tasks.config import EvaluateConfig, WeightsConfig
-from tasks.heldout import SAID, Said, ask, read_asked
+from tasks.evaluation.answers import SAID, Said, ask, read_asked
 from tasks.refs import Artifact, Baseline, Model, Tokenizer
-from tasks.stage import stage
-from tasks.store import publish
 
 EMPTY = Said(nll=(), texts=(), ended=(), ends_at_once=())
 

@@ -18,11 +18,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from tasks.caching.files import file_digest
+from tasks.caching.stage import stage
+from tasks.caching.store import publish
 from tasks.config import CatalogueConfig
-from tasks.files import file_digest
 from tasks.refs import Source, SourceFile
-from tasks.stage import stage
-from tasks.store import publish
 
 FILE = "trn.json"
 BYTES_A_ROW = 240

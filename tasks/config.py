@@ -2,7 +2,7 @@
 
 One frozen model, `Recipe`, whose sections bear the names of the stages they configure. A stage receives its own section
 by value, so a setting of one stage can't rerun another. Fields marked `aside` say how or where, never what: they are left
-out of the stage's identity (tasks/identity.py).
+out of the stage's identity (tasks/caching/identity.py).
 
 Source of the default values: the document's recipe (README.md, "The recipe"), items 2 to 10.
 """
@@ -206,7 +206,7 @@ class LoraSection(Section):
 
 
 FrozenWeights = Literal["plain", "fp8", "fp8-backward", "nf4"]
-"""How the backend fast can hold the base model's matrices: tasks/backends/frozen.py."""
+"""How the backend fast can hold the base model's matrices: tasks/training/fast/frozen.py."""
 
 
 class FinetuneConfig(Section):

@@ -1,7 +1,7 @@
 """Evaluate: the tuned model against the base model on held-out rows.
 
     metrics.json         rows, tokens; base and tuned {nll, perplexity, their intervals, rouge1, ..., copies_title};
-                         difference {nll, nll_low, nll_high}; buckets; both models' nll of every row (tasks/metrics.py)
+                         difference {nll, nll_low, nll_high}; buckets; both models' nll of every row (tasks/evaluation/metrics.py)
     generations.jsonl    uid, prompt, reference; of each model what it said, whether it ended, how likely an empty answer was
 
 nll is the mean negative log-likelihood per labelled token, in nats; perplexity is its exponential.
@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks.caching.stage import stage
+from tasks.caching.store import publish
 from tasks.config import EvaluateConfig, WeightsConfig
-from tasks.heldout import NOTHING, SAID, Asked, Prompt, Said, ask, read_asked
-from tasks.metrics import length_buckets, likelihood, text_scores
+from tasks.evaluation.answers import NOTHING, SAID, Asked, Prompt, Said, ask, read_asked
+from tasks.evaluation.metrics import length_buckets, likelihood, text_scores
 from tasks.refs import Adapter, Artifact, Baseline, Evaluation, InputError, Model, Tokenizer
-from tasks.stage import stage
-from tasks.store import publish
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def check_adapter(adapter: Path, model: Model) -> None:
     """
     from safetensors import safe_open
 
-    from tasks.backends.memory import read_shape
+    from tasks.training.memory import read_shape
 
     shape = read_shape(Path(model.path))
     with safe_open(adapter / "adapter_model.safetensors", framework="np") as file:

@@ -20,19 +20,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tasks import files, locks, store
-from tasks.backends import Job, Resolved, load_backend
-from tasks.backends.checkpoints import damage_of, drop_from, is_last, newest_intact, resumable, step_of
-from tasks.backends.held_out import best_step, has_stopped_improving
-from tasks.backends.memory import training_errors_explained
-from tasks.backends.progress import announced
-from tasks.backends.watch import LOG, StepRecord, read_log
+from tasks.caching import files, locks, store
+from tasks.caching.stage import current_key, stage
 from tasks.config import FinetuneConfig, WeightsConfig
 from tasks.refs import Adapter, Artifact, InputError, Model, home
-from tasks.stage import current_key, stage
+from tasks.training.backend import Backend, Job, Resolved
+from tasks.training.checkpoints import damage_of, drop_from, is_last, newest_intact, resumable, step_of
+from tasks.training.memory import training_errors_explained
+from tasks.training.progress import announced
+from tasks.training.validation import best_step, has_stopped_improving
+from tasks.training.watch import LOG, StepRecord, read_log
 
 logger = logging.getLogger(__name__)
 
+BACKENDS = {"fast": "tasks.training.fast.backend", "hf": "tasks.training.hf", "unsloth": "tasks.training.unsloth"}
+"""{finetune.backend: its module}; of these only the chosen one counts for a training's identity."""
 RESOLVED = "resolved.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -70,6 +72,21 @@ def summarize(records: Sequence[StepRecord], window: int) -> dict[str, float]:
     }
 
 
+def load_backend(name: str) -> Backend:
+    """The backend of that name; its library is imported when it trains."""
+    if name == "fast":
+        from tasks.training.fast.backend import FastBackend
+
+        return FastBackend()
+    if name == "hf":
+        from tasks.training.hf import HfBackend
+
+        return HfBackend()
+    from tasks.training.unsloth import UnslothBackend
+
+    return UnslothBackend()
+
+
 def left_behind(key: str) -> str | None:
     """What an unfinished training with that key left, such as `resumable from step 50`."""
     return resumable(home() / "work" / key[:32])
@@ -77,7 +94,8 @@ def left_behind(key: str) -> str | None:
 
 def _prepare(model: Model, batches: Artifact, config: FinetuneConfig, weights: WeightsConfig, device: str) -> Resolved:
     """Refuse early what can't work, and decide what the request leaves open."""
-    from tasks.backends import choice, hardware, loading, memory
+    from tasks.training import hardware, loading, memory
+    from tasks.training.fast import memory_plan as choice
 
     if not batches.rows:
         raise InputError(
@@ -118,7 +136,8 @@ def _pin(path: Path, resolved: Resolved, config: FinetuneConfig) -> Resolved:
     Raises:
         InputError: when it began in a way that the GPU at hand can't go on in.
     """
-    from tasks.backends import choice, memory
+    from tasks.training import memory
+    from tasks.training.fast import memory_plan as choice
 
     if not path.is_file():
         files.write_atomic(path, resolved.model_dump_json(indent=1).encode())
@@ -193,7 +212,7 @@ def _wait_for(holder: str) -> None:
     logger.warning("finetune waits: %s is training the same; its result will be used.", holder)
 
 
-@stage(version=1, chosen=lambda inputs: (f"tasks.backends.{inputs['config'].backend}",), progress=left_behind)
+@stage(version=1, chosen=lambda inputs: (BACKENDS[inputs["config"].backend],), progress=left_behind)
 def finetune(
     model: Model,
     batches: Artifact,

@@ -2,8 +2,8 @@
 
     {"uid": "7", "title": "Pan &amp; Lid", "content": "Cast iron.", ...}  ->  ("7", "Pan & Lid", "Cast iron.")
 
-Blocks are parsed and cleaned by as many threads as there are cores and put back into their order (tasks/read.py, lines.py,
-clean.py, stream.py, distinct.py). Every line is kept, dropped for a counted reason, or rejected.
+Blocks are parsed and cleaned by as many threads as there are cores and put back into their order (tasks/reading,
+tasks/tables/streams.py). Every line is kept, dropped for a counted reason, or rejected.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tasks.clean import clean, drop_empty, hash_texts
+from tasks.caching.files import file_digest
+from tasks.caching.progress import metered
+from tasks.caching.stage import stage
+from tasks.caching.store import publish
 from tasks.config import IngestConfig
-from tasks.distinct import Distinct, Hashes
-from tasks.files import file_digest
-from tasks.lines import Block, Reject, product_schema, read_block
-from tasks.locate import locate_source
-from tasks.progress import metered
-from tasks.read import read_blocks
+from tasks.reading.cleaning import clean, drop_empty, hash_texts
+from tasks.reading.counts import Tally, check_kept, check_rejected
+from tasks.reading.distinct import Distinct, Hashes
+from tasks.reading.formats import read_blocks
+from tasks.reading.rows import Block, Reject, product_schema, read_block
+from tasks.reading.sources import locate_source
 from tasks.refs import InputError, Products, Source
-from tasks.stage import stage
-from tasks.store import publish
-from tasks.stream import fixed_batches, in_order
-from tasks.tables import write_table
-from tasks.tally import Tally, check_kept, check_rejected
+from tasks.tables.arrow import write_table
+from tasks.tables.streams import fixed_batches, in_order
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -11,17 +11,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from tasks.clean import hash_texts
+from tasks.caching.progress import counted
+from tasks.caching.stage import stage
+from tasks.caching.store import publish
 from tasks.config import IngestConfig
-from tasks.distinct import Distinct, Hashes
-from tasks.lines import product_schema
-from tasks.progress import counted
+from tasks.reading.cleaning import hash_texts
+from tasks.reading.counts import REJECTS, check_kept, check_rejected
+from tasks.reading.distinct import Distinct, Hashes
+from tasks.reading.rows import product_schema
 from tasks.refs import Artifact, Products, Shards
-from tasks.stage import stage
-from tasks.store import publish
-from tasks.stream import fixed_batches, in_order
-from tasks.tables import read_table, write_table
-from tasks.tally import REJECTS, check_kept, check_rejected
+from tasks.tables.arrow import read_table, write_table
+from tasks.tables.streams import fixed_batches, in_order
 
 if TYPE_CHECKING:
     import pyarrow as pa

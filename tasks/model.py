@@ -20,12 +20,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from tasks.caching.files import file_digest
+from tasks.caching.stage import stage
+from tasks.caching.store import publish
 from tasks.config import ModelConfig
-from tasks.files import file_digest
-from tasks.modeldir import TOKENIZER, WEIGHTS, directory_model, read_json, read_special
+from tasks.reading.model_files import TOKENIZER, WEIGHTS, directory_model, read_json, read_special
 from tasks.refs import InputError, Model, PipelineError, Tokenizer, home
-from tasks.stage import stage
-from tasks.store import publish
 
 logger = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.caching.stage import stage
+from tasks.caching.store import publish
 from tasks.config import PackConfig
 from tasks.refs import Artifact, InputError
-from tasks.stage import stage
-from tasks.store import publish
-from tasks.tables import Gather, Rows, read_table, write_table
+from tasks.tables.arrow import Gather, Rows, read_table, write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa

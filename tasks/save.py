@@ -7,7 +7,7 @@
                      lineage.json                                            every stage's key, digest and rows; versions
                      metrics.json, generations.jsonl                         base against tuned
     models/RECIPE/NAME -> the directory
-    models/RECIPE/promoted -> the one that the verdict was for (flows/promote.py)
+    models/RECIPE/promoted -> the one that the verdict was for (flows/running/promotion.py)
 
 It loads with plain peft and transformers; the model card says how.
 """
@@ -26,12 +26,12 @@ from uuid import uuid4
 
 import yaml
 
-from tasks.card import model_card
+from tasks.caching.stage import stage
+from tasks.caching.store import MANIFEST, publish
 from tasks.config import SaveConfig
-from tasks.modeldir import TOKENIZER, read_json
+from tasks.reading.model_files import TOKENIZER, read_json
 from tasks.refs import Adapter, Artifact, Evaluation, InputError, Lineage, Model, SavedModel, Tokenizer, home
-from tasks.stage import stage
-from tasks.store import MANIFEST, publish
+from tasks.reporting.model_card import model_card
 
 PACKAGES = (
     "accelerate",

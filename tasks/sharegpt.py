@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.caching.progress import counted
+from tasks.caching.stage import stage
+from tasks.caching.store import publish
 from tasks.config import SharegptConfig
-from tasks.merged_prompt import Block, merge_columns, parse_merged_prompt
-from tasks.progress import counted
 from tasks.refs import Artifact, Split
-from tasks.stage import stage
-from tasks.store import publish
-from tasks.stream import in_order
-from tasks.tables import Gather, bounded_ranges, one_batch, read_table, row_lists, text_bytes, write_table
+from tasks.tables.arrow import Gather, bounded_ranges, one_batch, read_table, row_lists, text_bytes, write_table
+from tasks.tables.streams import in_order
+from tasks.text.merged_prompt import Block, merge_columns, parse_merged_prompt
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -4,7 +4,7 @@ r"""Conversations to text, and the chat template that a server will render the s
     prompt, question, answer       ->     ### Title:\nTutu\n\n### Question:\nWhat is it?\n\n### Answer:\n3 layers<EOS>
 
 Product text is data: whatever it looks like, it is copied and never interpreted. The language itself is in
-tasks/chat_template.py. turns.arrow keeps the pieces (uid, prompt, question, answer) beside the whole texts, so that each
+tasks/text/chat_template.py. turns.arrow keeps the pieces (uid, prompt, question, answer) beside the whole texts, so that each
 product is tokenized once and the loss mask knows where an answer is.
 """
 
@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.chat_template import QUESTION, SYSTEM, ChatTemplate, parse_template, to_jinja
+from tasks.caching.progress import counted
+from tasks.caching.stage import stage
+from tasks.caching.store import publish
 from tasks.config import TemplateConfig
-from tasks.progress import counted
 from tasks.refs import Artifact, ConfigError, Special, Split, Texts
-from tasks.stage import stage
-from tasks.store import publish
-from tasks.stream import in_order
-from tasks.tables import Gather, bounded_ranges, list_sums, one_batch, read_table, row_lists, text_bytes, write_table
+from tasks.tables.arrow import Gather, bounded_ranges, list_sums, one_batch, read_table, row_lists, text_bytes, write_table
+from tasks.tables.streams import in_order
+from tasks.text.chat_template import QUESTION, SYSTEM, ChatTemplate, parse_template, to_jinja
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -4,8 +4,8 @@ r"""Texts to token ids and labels.
     ids      0     ... 17            88 12     1
     labels   -100  ... -100          88 12     1          loss on answers; with loss on everything they are the ids
 
-Exactly one BOS, at the start, and EOS after every answer. How texts become ids is in tasks/assemble.py, what becomes of rows
-that are too long in tasks/fit.py.
+Exactly one BOS, at the start, and EOS after every answer. How texts become ids is in tasks/text/turn_encoding.py, what becomes
+of rows that are too long in tasks/text/overlength.py.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.assemble import Bodies, TurnEncoder, choose_encoder, encode_whole, refuse_specials, without_specials
+from tasks.caching.progress import counted
+from tasks.caching.stage import stage
+from tasks.caching.store import publish
 from tasks.config import TokenizeConfig
-from tasks.encode import Encoded, load_tokenizer, special_id, to_ids
-from tasks.fit import Tally, check_ends, check_tally, count_bos, fit
-from tasks.progress import counted
 from tasks.refs import Artifact, Split, Texts, Tokenizer
-from tasks.shape import Template
-from tasks.stage import stage
-from tasks.store import publish
-from tasks.stream import in_order
-from tasks.tables import Gather, bounded_ranges, list_sums, one_batch, read_table, text_bytes, write_table
+from tasks.tables.arrow import Gather, bounded_ranges, list_sums, one_batch, read_table, text_bytes, write_table
+from tasks.tables.streams import in_order
+from tasks.text.encoding import Encoded, load_tokenizer, special_id, to_ids
+from tasks.text.overlength import Tally, check_ends, check_tally, count_bos, fit
+from tasks.text.turn_encoding import Bodies, TurnEncoder, choose_encoder, encode_whole, refuse_specials, without_specials
+from tasks.text.turns import Template
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -43,8 +43,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Directories of a tiny base model and of an adapter that changes what it says."""
-    from tests.tiny import make_tiny_model
-    from tests.tuned import make_tiny_adapter
+    from tests.support.tiny import make_tiny_model
+    from tests.support.tuned import make_tiny_adapter
 
     base = make_tiny_model(tmp_path_factory.mktemp("base"))
     return base, make_tiny_adapter(base, tmp_path_factory.mktemp("adapter"))
@@ -58,7 +58,7 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("PREFECT_HOME", str(root))
         patch.setenv("AMAZON_FT_HOME", str(root / "home"))
         patch.setenv("PREFECT_LOGGING_LEVEL", "ERROR")
-        from flows.server import prefect_server
+        from flows.server.ephemeral import prefect_server
 
         with prefect_server() as url:
             from prefect.settings import PREFECT_API_URL, temporary_settings

@@ -18,10 +18,10 @@ from uuid import uuid4
 import pytest
 import yaml
 
-from checkout import PROJECT
-from flows import deploy
 from flows.recipes import shipped_names
+from flows.server import deploy
 from tasks.refs import ConfigError
+from tests.support.checkout import PROJECT
 
 POOLS = sorted((PROJECT / "deployments" / "pools").glob("*.json"))
 HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}

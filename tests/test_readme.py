@@ -7,8 +7,8 @@ import re
 import pytest
 from typer.main import get_command
 
-from checkout import PROJECT
-from flows.cli import app
+from flows.cli.main import app
+from tests.support.checkout import PROJECT
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 TREE = README.split("## Where things are")[1].split("\n## ")[0]

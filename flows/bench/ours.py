@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from flows.recipes import load_recipe
+from tasks.caching.stage import Stage
 from tasks.ingest import ingest, locate_source
-from tasks.modeldir import directory_tokenizer
+from tasks.reading.model_files import directory_tokenizer
 from tasks.sample import sample
 from tasks.sharegpt import sharegpt
-from tasks.stage import Stage
 from tasks.template import template
 from tasks.tokenize import tokenize
 

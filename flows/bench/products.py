@@ -20,7 +20,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.files import space_checked
+from tasks.caching.files import space_checked
 
 if TYPE_CHECKING:
     import pyarrow as pa

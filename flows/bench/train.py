@@ -21,11 +21,12 @@ from rich.table import Table
 
 from flows.bench.data import machine
 from flows.bench.processes import module, run
-from flows.gpus import one_gpu
 from flows.recipes import load_recipe
-from tasks.backends import choice, hardware
+from flows.running.gpus import one_gpu
 from tasks.config import FinetuneConfig
 from tasks.refs import InputError, Model
+from tasks.training import hardware
+from tasks.training.fast import memory_plan as choice
 
 WINDOWS = 3
 GPU_STEPS, CPU_STEPS = (8, 5), (2, 1)
@@ -141,7 +142,7 @@ def matmul_limit(device: str) -> float:
 
 def linear_weights(model: Model) -> int:
     """Weights of the model's matrices, the output matrix included."""
-    from tasks.backends.memory import read_shape
+    from tasks.training.memory import read_shape
 
     shape = read_shape(Path(model.path))
     assert shape is not None, "the fast backend refuses other architectures before"

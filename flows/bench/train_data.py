@@ -9,7 +9,7 @@ from typing import Any
 
 from flows.recipes import load_recipe
 from tasks.config import Recipe
-from tasks.modeldir import directory_model
+from tasks.reading.model_files import directory_model
 from tasks.refs import Model
 
 GPU_ROWS, CPU_ROWS = 20_000, 200

@@ -33,7 +33,7 @@ with redirect_stdout(sys.stderr):
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]  # where Unsloth puts its own
 
-    from tasks.backends.hardware import peak_gib
+    from tasks.training.hardware import peak_gib
 
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_dir, max_seq_length=2048, dtype=None, load_in_4bit=True, local_files_only=True

@@ -19,10 +19,13 @@ import psutil
 from datasets import Dataset
 
 from flows.bench.train import bench_config
-from tasks.backends import Job, Report, choice, hardware, load_backend, memory
-from tasks.backends.fast import measure
 from tasks.config import WeightsConfig
+from tasks.finetune import load_backend
 from tasks.refs import Model
+from tasks.training import hardware, memory
+from tasks.training.backend import Job, Report
+from tasks.training.fast import memory_plan as choice
+from tasks.training.fast.backend import measure
 
 STARTED = psutil.Process().create_time()
 

@@ -21,7 +21,7 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from served import SHORT, Served, serve
+from tests.e2e.served import SHORT, Served, serve
 
 EMPTY = """
 from prefect import flow

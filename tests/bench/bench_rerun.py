@@ -21,7 +21,7 @@ from pathlib import Path
 EMPTY = """
 import os
 os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
-from flows.server import prefect_server
+from flows.server.ephemeral import prefect_server
 with prefect_server():
     from prefect import flow
     flow(name="empty")(lambda: None)()

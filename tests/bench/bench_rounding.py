@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import torch
 
-from tests.nearness import Rows, adapter_of, scaled_product
+from tests.support.nearness import Rows, adapter_of, scaled_product
 
 WAYS = ("plain", "fp8-backward", "fp8", "nf4")
 ROWS_A_STEP, TOKENS, JUDGED = 4, 256, 40
@@ -47,8 +47,8 @@ def loaded(model: Path, seed: int, *, in_nf4: bool = False) -> Any:
     """The model in bfloat16 with a fresh adapter; its matrices rounded to NF4 and back if wanted."""
     from transformers import AutoModelForCausalLM
 
-    from tasks.backends.hf import add_adapter
     from tasks.config import LoraSection
+    from tasks.training.hf import add_adapter
 
     base = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.bfloat16, attn_implementation="sdpa")
     if in_nf4:
@@ -66,7 +66,7 @@ def loaded(model: Path, seed: int, *, in_nf4: bool = False) -> Any:
 
 def train(model: Path, way: str, rows: Rows, seed: int, steps: int) -> dict[str, torch.Tensor]:
     """The adapter after so many steps."""
-    from tasks.backends.packed import Collator, PackedLlama
+    from tasks.training.fast.packed import Collator, PackedLlama
 
     wrapped = loaded(model, seed, in_nf4=way == "nf4")
     kind = "plain" if way == "nf4" else way
@@ -86,7 +86,7 @@ def train(model: Path, way: str, rows: Rows, seed: int, steps: int) -> dict[str,
 
 def judge(model: Path, adapter: dict[str, torch.Tensor] | None, rows: Rows, *, in_nf4: bool = False) -> float:
     """Nats per answer token."""
-    from tasks.backends.likelihood import labelled_tokens, row_nll
+    from tasks.training.inference.likelihood import labelled_tokens, row_nll
 
     wrapped = loaded(model, 0, in_nf4=in_nf4)
     for name, parameter in adapter_of(wrapped).items():

@@ -19,9 +19,9 @@ from unittest.mock import patch
 
 import torch
 
-from tasks.backends.packed import Collator
+from tasks.training.fast.packed import Collator
 from tests.bench.gpu_session import LLAMA3_8B
-from tests.nearness import Rows, adapter_of, gradients, packed, relative, row_by_row
+from tests.support.nearness import Rows, adapter_of, gradients, packed, relative, row_by_row
 
 WARM, PROFILED = 6, 4
 """Steps before the profile, and in it."""
@@ -57,7 +57,8 @@ def profile(model: Path, data: Path, device: str, held: str) -> dict[str, Any]:
                     torch.cuda.synchronize()
                 profiler.stop()
 
-    from tasks.backends import fast, trainer
+    from tasks.training import trainer
+    from tasks.training.fast import backend as fast
 
     def watched(job: Any, made: Any, progress: Any) -> float:
         made.add_callback(Profiling())
@@ -82,7 +83,7 @@ def attention(model: Path, data: Path, device: str) -> dict[str, Any]:
     from datasets import Dataset
     from triton.testing import do_bench
 
-    from tasks.backends.fast import gpu_collator, measure
+    from tasks.training.fast.backend import gpu_collator, measure
 
     packs: Any = Dataset.from_file(str(data / "packs.arrow"))
     most = measure(packs)
@@ -104,7 +105,7 @@ def attention(model: Path, data: Path, device: str) -> dict[str, Any]:
 
 def attend_and_back(parts: list[torch.Tensor], grad: torch.Tensor, bounds: torch.Tensor, sizes: torch.Tensor) -> None:
     """What is timed."""
-    from tasks.backends.attention import attend
+    from tasks.training.fast.attention import attend
 
     attend(*parts, bounds, sizes).backward(grad)
 
@@ -188,8 +189,8 @@ def wide(dtype: torch.dtype, device: str, seed: int) -> Any:
 
 
 def with_adapter(base: Any) -> Any:
-    from tasks.backends.hf import add_adapter
     from tasks.config import LoraSection
+    from tasks.training.hf import add_adapter
 
     wrapped = add_adapter(base, LoraSection())
     draw = torch.Generator().manual_seed(1)
@@ -202,7 +203,7 @@ def with_adapter(base: Any) -> Any:
 def capped(model: Path, data: Path, device: str, gib: str) -> dict[str, Any]:
     """A training in so much memory: what was chosen, how fast it was, and the most that torch and the driver saw in use."""
     from flows.bench import train_ours
-    from tasks.backends import hardware
+    from tasks.training import hardware
 
     room = float(gib) - DRIVER_GIB
     torch.cuda.set_per_process_memory_fraction(room * hardware.GIB / torch.cuda.get_device_properties(0).total_memory)
@@ -232,7 +233,7 @@ def driver_peak() -> Iterator[list[int]]:
 
 
 def reference(model: Path) -> Any:
-    from tasks.modeldir import directory_model
+    from tasks.reading.model_files import directory_model
 
     return directory_model(model, name=model.name)
 

@@ -127,7 +127,7 @@ def tokens_of(tokens: Path) -> int:
 
 
 def _asked(texts: Artifact, parts: dict[str, Any]) -> Iterator[dict[str, str]]:
-    from tasks.heldout import render_prompt
+    from tasks.evaluation.answers import render_prompt
 
     with pa.memory_map(str(texts / "turns.arrow")) as source:
         turns = pa.ipc.open_stream(source).read_all().to_pylist()
@@ -159,7 +159,7 @@ def prepare_speed(home: Path, source: Path, model: Path, rows: int) -> None:
     """speed/: packs.arrow and texts.json of the same products in conversations of one turn and of three."""
     from flows.bench.train_data import make_data
     from flows.recipes import load_recipe
-    from tasks.modeldir import directory_model
+    from tasks.reading.model_files import directory_model
 
     os.environ["AMAZON_FT_HOME"] = str(home.with_name("speed"))
     few = [*data_settings(source, model, rows), f"sample.rows={min(SPEED_ROWS, rows // 2)}"]

@@ -42,7 +42,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tasks import files
+from tasks.caching import files
 from tests.bench import gpu_fast
 from tests.bench.gpu_handover import both_deployed
 from tests.bench.gpu_prepare import grow
@@ -134,7 +134,7 @@ def make_llama(session: Session) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tasks.backends.loading import load_base
+    from tasks.training.loading import load_base
 
     shape = LLAMA3_8B | (TINY if session.rehearse else {})
     torch.manual_seed(0)

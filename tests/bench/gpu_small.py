@@ -17,7 +17,7 @@ from tests.bench.gpu_prepare import PARTS, SMALL_ROWS, SMALL_STEPS
 from tests.bench.gpu_timing import first_of, measured
 
 if TYPE_CHECKING:
-    from tasks.backends.scoring import Answers, Request
+    from tasks.training.inference.scoring import Answers, Request
     from tests.bench.gpu_session import Session
 
 WAYS: dict[str, tuple[str, list[str]]] = {
@@ -194,10 +194,10 @@ def run_arm(kind: str, request: Path, environment: dict[str, str]) -> dict[str, 
 def train(request: dict[str, Any]) -> dict[str, Any]:
     """Run the stage as its Prefect task would."""
     from flows.recipes import load_recipe
-    from tasks.backends.watch import LOG, read_log
     from tasks.finetune import finetune
-    from tasks.modeldir import directory_model
+    from tasks.reading.model_files import directory_model
     from tasks.refs import Artifact
+    from tasks.training.watch import LOG, read_log
 
     settings = [
         f"finetune.max_steps={request['steps']}",
@@ -248,7 +248,7 @@ def judge(request: dict[str, Any]) -> dict[str, Any]:
 @cache
 def base_answers(request: Request) -> Answers:
     """What the base model makes of a request; asked once."""
-    from tasks.backends.scoring import score
+    from tasks.training.inference.scoring import score
 
     return score(request)
 
@@ -257,10 +257,10 @@ def score_run(
     model: Path, asked: list[dict[str, str]], answers: dict[str, str], run: dict[str, Any], *, device: str, load_in_4bit: bool
 ) -> dict[str, Any]:
     """Base and tuned model on the answers of all products that both arms have."""
-    from tasks.backends.hardware import resolve_dtype
-    from tasks.backends.loading import load_tokenizer
-    from tasks.backends.scoring import Request, score
-    from tasks.modeldir import directory_model
+    from tasks.reading.model_files import directory_model
+    from tasks.training.hardware import resolve_dtype
+    from tasks.training.inference.scoring import Request, score
+    from tasks.training.loading import load_tokenizer
 
     reference = directory_model(model, name="SmolLM2-135M-Instruct")
     tokenizer, eos = load_tokenizer(reference), reference.tokenizer.special.eos

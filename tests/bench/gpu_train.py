@@ -174,8 +174,8 @@ def train_document(request: Request, model: Any, tokenizer: Any, clock: Clock) -
 
 def ours(request: Request, clock: Clock) -> dict[str, Any]:
     """The unsloth backend with the recipe as-written, and the logits of the model that it trained."""
-    from tasks.backends import unsloth
-    from tasks.backends.watch import read_log
+    from tasks.training import unsloth
+    from tasks.training.watch import read_log
 
     job, library = our_job(request), unsloth.import_unsloth()
     model, tokenizer = unsloth.load(job)
@@ -191,8 +191,9 @@ def ours(request: Request, clock: Clock) -> dict[str, Any]:
 def our_job(request: Request) -> Any:
     """What the stage finetune would ask its backend for, with the recipe as-written."""
     from flows.recipes import load_recipe
-    from tasks.backends import Job, hardware
-    from tasks.modeldir import directory_model
+    from tasks.reading.model_files import directory_model
+    from tasks.training import hardware
+    from tasks.training.backend import Job
 
     settings = {
         "max_steps": request.steps,
@@ -218,7 +219,7 @@ def our_job(request: Request) -> Any:
 
 def train_ours(job: Any, model: Any, tokenizer: Any, clock: Clock) -> Any:
     """Train as the backends do; the trainer."""
-    from tasks.backends.trainer import make_trainer, run
+    from tasks.training.trainer import make_trainer, run
 
     trainer = make_trainer(job, model, tokenizer, {"max_length": job.max_tokens})
     clock.attach(trainer)
@@ -300,8 +301,8 @@ def plain(request: Request, adapter: str) -> dict[str, Any]:
     import torch
     from peft import PeftModel
 
-    from tasks.backends.hardware import resolve_dtype
-    from tasks.backends.loading import load_base
+    from tasks.training.hardware import resolve_dtype
+    from tasks.training.loading import load_base
 
     cuda = request.device == "cuda"
     dtype = resolve_dtype("auto", request.device)

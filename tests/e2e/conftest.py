@@ -1,94 +1,14 @@
-"""A tiny recipe on real files: real stages, a real server, a model of a few thousand weights."""
+"""Runs of a tiny recipe, and a server with workers, for whole modules of tests."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-from served import Served, serve
 
-from checkout import Checkout
-from tasks.catalogue import lines
-from tasks.config import CatalogueConfig
-from tiny import make_tiny_model
-
-RECIPE: dict[str, Any] = {
-    "device": "cpu",
-    "ingest": {"on_bad_row": "quarantine", "max_bad_share": 0.1},
-    "sample": {"rows": 40, "eval_rows": 6},
-    "sharegpt": {"conversation_extension": 2},
-    "tokenize": {"max_tokens": 512},
-    "model": {"load_in_4bit": False, "dtype": "float32"},
-    "finetune": {
-        "backend": "hf",
-        "max_steps": 4,
-        "warmup_steps": 1,
-        "batch_size": 2,
-        "gradient_accumulation": 1,
-        "learning_rate": 1e-3,
-        "optimizer": "adamw_torch",
-        "gradient_checkpointing": "none",
-        "logging_steps": 1,
-        "save_steps": 2,
-    },
-    "evaluate": {"generations": 2, "max_new_tokens": 8, "batch_size": 4},
-}
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """A source, a model and a recipe of a test's own, a checkout to edit, and a root."""
-
-    checkout: Checkout
-    recipe: Path
-    source: Path
-    model: Path
-    home: Path
-
-    def run(self, *arguments: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-        """`amazon-ft run` of the recipe."""
-        return self.checkout.amazon_ft(
-            "run", str(self.recipe), "--json", *arguments, check=check, AMAZON_FT_HOME=str(self.home), OMP_NUM_THREADS="1", **env
-        )
-
-    def ran(self, *arguments: str, **env: str) -> dict[str, dict[str, Any]]:
-        """{stage: entry} of a run."""
-        last = self.run(*arguments, **env).stdout.splitlines()[-1]
-        return {stage["name"]: stage for stage in json.loads(last)["stages"]}
-
-    def plan(self, *arguments: str, **env: str) -> dict[str, dict[str, Any]]:
-        """{stage: step} of a plan."""
-        return self.checkout.plan(str(self.recipe), *arguments, AMAZON_FT_HOME=str(self.home), **env)
-
-    def copy_to(self, path: Path) -> Tiny:
-        """The same with everything copied, the source's and the model's times included."""
-        shutil.copytree(self.home.parent, path, symlinks=True)
-        moved = Tiny(Checkout(path / "checkout"), path / "tiny.yaml", path / "trn.json", path / "model", path / self.home.name)
-        moved.write_recipe()
-        return moved
-
-    def write_recipe(self) -> None:
-        settings = json.loads(json.dumps(RECIPE))
-        settings["ingest"]["sources"] = [str(self.source)]
-        settings["model"]["id"] = str(self.model)
-        self.recipe.write_text(yaml.safe_dump(settings))
-
-
-def make_tiny(path: Path) -> Tiny:
-    path.mkdir(parents=True, exist_ok=True)
-    tiny = Tiny(Checkout.copy_to(path / "checkout"), path / "tiny.yaml", path / "trn.json", path / "model", path / "home")
-    config = CatalogueConfig(rows=200, malformed_lines=2)
-    tiny.source.write_text("".join(f"{line}\n" for line in lines(config)), encoding="utf-8")
-    make_tiny_model(tiny.model)
-    tiny.write_recipe()
-    return tiny
+from tests.e2e.served import Served, serve
+from tests.e2e.tiny_runs import Tiny, make_tiny
 
 
 @pytest.fixture(scope="session")

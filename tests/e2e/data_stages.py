@@ -7,11 +7,11 @@ import sys
 from typing import Any
 
 from flows.recipes import load_recipe
+from tasks.caching.stage import Stage
 from tasks.ingest import ingest, locate_source
 from tasks.model import base_model
 from tasks.sample import sample
 from tasks.sharegpt import sharegpt
-from tasks.stage import Stage
 from tasks.template import template
 from tasks.tokenize import tokenize
 

@@ -18,8 +18,8 @@ import httpx
 import psutil
 import pytest
 
-from checkout import Checkout
-from tiny import make_tiny_model
+from tests.support.checkout import Checkout
+from tests.support.tiny import make_tiny_model
 
 SIZES = [
     "catalogue.rows=200",

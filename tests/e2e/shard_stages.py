@@ -9,10 +9,10 @@ from contextlib import suppress
 from prefect import flow
 
 from flows.recipes import build_recipe
-from flows.shards import read_products, task_runner
+from flows.running.shards import read_products, task_runner
+from tasks.caching.runs import run_record
+from tasks.caching.stage import StageReached, ending_with
 from tasks.ingest import locate_source
-from tasks.runs import run_record
-from tasks.stage import StageReached, ending_with
 
 
 @flow(task_runner=task_runner())

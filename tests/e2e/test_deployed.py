@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from served import SHORT, Served, until
+
+from tests.e2e.served import SHORT, Served, until
 
 PREPARED = ["catalogue", "ingest", "sample", "sharegpt", "template", "tokenize"]
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from conftest import Tiny
-from flows import dispatch, pipeline
+from flows import pipeline
 from flows.recipes import load_recipe
+from flows.running import dispatch
+from tasks.caching.stage import Stage
 from tasks.refs import NoSpaceError
-from tasks.stage import Stage
+from tests.e2e.tiny_runs import Tiny
 
 DISK_MIB = 192
 ROOM_BYTES = 1024

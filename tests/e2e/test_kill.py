@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from checkout import PROJECT
-from conftest import Tiny
-from flows.cache import collect
-from tasks import store
+from flows.running.garbage import collect
+from tasks.caching import store
+from tests.e2e.tiny_runs import Tiny
+from tests.support.checkout import PROJECT
 
 TELLS_OF_THE_RUN = (store.MANIFEST, "README.md", "lineage.json", "recipe.yaml")
 PROGRAM = Path(__file__).with_name("data_stages.py")
@@ -102,7 +102,7 @@ def is_being_written(home: Path, kind: str) -> bool:
 
 @pytest.mark.slow
 def test_ten_kills_through_the_flow(fresh: Tiny, finished: Tiny) -> None:
-    fresh.checkout.edit("tasks/store.py", "    files = _listing(draft.path)\n", LINGER)
+    fresh.checkout.edit("tasks/caching/store.py", "    files = _listing(draft.path)\n", LINGER)
     generator, home = random.Random(3), fresh.home
     command = ["-m", "flows.cli", "run", str(fresh.recipe)]
     missed = [

@@ -8,7 +8,8 @@ import time
 from contextlib import closing
 
 import pytest
-from served import Served, until
+
+from tests.e2e.served import Served, until
 
 OUTAGE_SECONDS = 20
 STEPS = 600

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from checkout import PROJECT
-from conftest import Tiny
+from tests.e2e.tiny_runs import Tiny
+from tests.support.checkout import PROJECT
 
 NEEDED = [
     "fsspec",
@@ -96,7 +96,7 @@ def test_wheel_carries_code_and_recipes(wheel: Path) -> None:
     import zipfile
 
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"flows/cli.py", "tasks/ingest.py", "tasks/backends/hf.py", "deployments/recipes/demo.yaml"} <= names
+    assert {"flows/cli/main.py", "tasks/ingest.py", "tasks/training/hf.py", "deployments/recipes/demo.yaml"} <= names
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from served import Served, serve
 from test_deployed import (
     finished_run,
     test_artifacts_of_both_runs_are_readable,
@@ -23,6 +22,8 @@ from test_deployed import (
     test_run_completes_and_trains_on_the_cuda_pool,
     test_second_run_is_all_cached_without_a_child,
 )
+
+from tests.e2e.served import Served, serve
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from conftest import Tiny
-from tasks import store
+from tasks.caching import store
 from tasks.refs import Artifact
+from tests.e2e.tiny_runs import Tiny
 
 ALL = ["ingest", "sample", "sharegpt", "template", "tokenize", "finetune", "baseline", "evaluate", "save"]
 
@@ -113,10 +113,10 @@ def test_appended_malformed_line_reruns_ingest_alone(tiny: Tiny) -> None:
 @pytest.mark.parametrize(
     ("file", "before", "after", "first"),
     [
-        ("tasks/chat_template.py", None, "\nADDED = 1\n", "template"),
+        ("tasks/text/chat_template.py", None, "\nADDED = 1\n", "template"),
         ("tasks/sample.py", None, "\nADDED = 1\n", "sample"),
-        ("tasks/backends/hf.py", None, "\nADDED = 1\n", "finetune"),
-        ("tasks/metrics.py", None, "\nADDED = 1\n", "evaluate"),
+        ("tasks/training/hf.py", None, "\nADDED = 1\n", "finetune"),
+        ("tasks/evaluation/metrics.py", None, "\nADDED = 1\n", "evaluate"),
         ("tasks/save.py", None, "\nADDED = 1\n", "save"),
     ],
 )
@@ -130,8 +130,8 @@ def test_edited_code_reruns_its_stage(tiny: Tiny, file: str, before: str | None,
 def test_comments_docstrings_and_unused_code_rerun_nothing(tiny: Tiny) -> None:
     tiny.checkout.append("tasks/template.py", "\n# a comment\n")
     tiny.checkout.edit("tasks/sample.py", '"""', '"""Edited. ')
-    tiny.checkout.append("tasks/backends/unsloth.py", "\nADDED = 1\n")
-    tiny.checkout.append("flows/show.py", "\nADDED = 1\n")
+    tiny.checkout.append("tasks/training/unsloth.py", "\nADDED = 1\n")
+    tiny.checkout.append("flows/cli/tables.py", "\nADDED = 1\n")
     tiny.checkout.edit("tasks/config.py", "max_new_tokens: int = Field(default=128", "max_new_tokens: int = Field(default=127")
     tiny.checkout.edit("tasks/config.py", "tokens: int = Field(default=8192", "tokens: int = Field(default=4096")
     assert not_cached(tiny.plan()) == []

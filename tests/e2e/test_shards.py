@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from flows.shards import read_products
+from flows.running.shards import read_products
+from tasks.caching.stage import planning
 from tasks.catalogue import lines
 from tasks.config import CatalogueConfig, IngestConfig
 from tasks.ingest import ingest, locate_source
-from tasks.stage import planning
 
 READ = Path(__file__).parent / "shard_stages.py"
 FIVE = 5

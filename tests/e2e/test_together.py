@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import Tiny
-from tasks import store
+from tasks.caching import store
 from tasks.refs import Artifact
+from tests.e2e.tiny_runs import Tiny
 
 
 def start(tiny: Tiny, *settings: str) -> subprocess.Popen[str]:

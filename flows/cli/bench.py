@@ -1,0 +1,106 @@
+"""Measurements that a user can repeat: `amazon-ft bench ...`; whole processes of ours and of the document's, side by side."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from tasks.refs import Model
+
+app = typer.Typer(no_args_is_help=True, help="Measure, on this machine.")
+
+
+class Against(StrEnum):
+    """What to compare with."""
+
+    DOCUMENT = "document"
+
+
+class Held(StrEnum):
+    """How the base model's matrices lie in memory (finetune.frozen_weights)."""
+
+    AUTO = "auto"
+    PLAIN = "plain"
+    FP8 = "fp8"
+    FP8_BACKWARD = "fp8-backward"
+    NF4 = "nf4"
+
+
+@app.callback()
+def bench() -> None:
+    """Measure, on this machine."""
+
+
+@app.command()
+def data(
+    rows: Annotated[int, typer.Option(min=5000, help="Product lines to generate and read.")] = 2_248_619,
+    against: Annotated[Against | None, typer.Option(help="Run the document's own code in turn with ours; needs Unsloth.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers there.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer directory; else that of the recipe's model.")] = None,
+    recipe: Annotated[str, typer.Option(help="Recipe whose data stages are run.")] = "default",
+    turns: Annotated[list[int] | None, typer.Option(help="Turns a conversation; may be repeated; else 1 and 3.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each side; the median counts.")] = 1,
+) -> None:
+    """From product lines to token ids of 100,000 conversations: seconds, rows/s, MB/s and memory."""
+    from flows.bench.data import bench_data
+    from flows.recipes import load_recipe
+    from tasks.model import base_model
+
+    directory = tokenizer or Path(base_model(load_recipe(recipe).model).tokenizer.path)
+    sides = ("ours", "document") if against else ("ours",)
+    found = bench_data(rows, directory, recipe, sides=sides, turns=tuple(turns or (1, 3)), repeats=repeats, console=Console())
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
+def train(
+    against: Annotated[Against | None, typer.Option(help="Run the document's own code after ours; needs Unsloth.")] = None,
+    model: Annotated[Path | None, typer.Option(help="A model directory; else fast's, on a CPU a tiny one.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Holds packs.arrow and texts.json; else generated.")] = None,
+    held: Annotated[list[Held] | None, typer.Option(help="How the base matrices lie in memory; may be repeated.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers there.")] = None,
+) -> None:
+    """Text tokens a second of the fast backend: share of the matmul limit, memory, seconds to the first step."""
+    from flows.bench.train import bench_train, device_here
+
+    with TemporaryDirectory() as scratch:
+        reference, source = bench_inputs(model, data, Path(scratch), device_here())
+        ways = tuple(way.value for way in held or [Held.AUTO])
+        found = bench_train(reference, source, held=ways, against_document=against is not None, console=Console())
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def bench_inputs(model: Path | None, data: Path | None, scratch: Path, device: str) -> tuple[Model, Path]:
+    """The model and the data that were named, or what stands in for them."""
+    from tasks.reading.model_files import directory_model
+
+    if model is not None:
+        reference = directory_model(model.resolve(), name=model.resolve().name)
+    else:
+        from flows.bench.train_data import tiny_model
+        from flows.recipes import load_recipe
+        from tasks.model import base_model, with_weights
+
+        if device == "cuda":
+            reference = with_weights(base_model(load_recipe("fast", ["ingest.sources=trn.json"]).model))
+        else:
+            reference = tiny_model(Path(base_model(load_recipe("demo").model).tokenizer.path), scratch / "tiny")
+    if data is not None:
+        return reference, data.resolve()
+    from flows.bench.train_data import bench_recipe, make_data
+
+    return reference, make_data(bench_recipe(device), reference, scratch / "data")
+
+
+__all__ = ["app"]

@@ -1,0 +1,42 @@
+"""The commands of what lies under AMAZON_FT_HOME: cache ls, cache gc."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from flows.cli import tables
+from flows.cli.options import AsJson
+
+app = typer.Typer(no_args_is_help=True, help="What lies under AMAZON_FT_HOME, and what may go.")
+
+
+@app.command("ls")
+def cache_ls(as_json: AsJson = False) -> None:
+    """Sizes by stage, and which runs refer to what."""
+    from flows.running.garbage import inventory
+
+    entries = inventory()
+    if as_json:
+        typer.echo(json.dumps([vars(entry) for entry in entries], ensure_ascii=False))
+    else:
+        tables.inventory(entries, Console())
+
+
+@app.command("gc")
+def cache_gc(
+    keep_last: Annotated[int, typer.Option(min=0, help="Keep what the last N runs of each recipe refer to.")] = 1,
+    older_than: Annotated[str | None, typer.Option(help="Only drop runs older than this, such as 12h or 7d.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Remove what no kept run and no running one refers to."""
+    from flows.running.garbage import collect, parse_age
+
+    removed = collect(keep_last, parse_age(older_than), dry_run=dry_run)
+    tables.removed(removed, Console(), dry_run=dry_run)
+
+
+__all__ = ["app"]

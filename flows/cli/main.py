@@ -1,0 +1,61 @@
+"""The command line: its groups, and how a command ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from flows.cli import bench, cache, models, runs, servers
+from flows.cli.options import FAILED, INTERRUPTED, WRONG_INPUT, Debug, err
+from tasks.refs import ConfigError, InputError, PipelineError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="From a product file to a fine-tuned language model.",
+)
+for group in (runs, servers, models):
+    app.add_typer(group.app)
+app.add_typer(cache.app, name="cache")
+app.add_typer(bench.app, name="bench")
+
+
+@app.callback()
+def any_command(debug: Debug = False) -> None:
+    """Options of every command."""
+    del debug  # _fail looks for it, wherever it stands
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends with one message and an exit code, never a stack trace."""
+    _reach_this_machine_directly()
+    try:
+        app()
+    except KeyboardInterrupt:
+        err.print("interrupted; finished stages are kept")
+        sys.exit(INTERRUPTED)
+    except PipelineError as error:
+        _fail(error, str(error), WRONG_INPUT if isinstance(error, (ConfigError, InputError)) else FAILED)
+    except Exception as error:
+        _fail(
+            error,
+            f"{type(error).__name__}: {error}\nThis is not your doing: run amazon-ft --debug ... for the stack trace.",
+            FAILED,
+        )
+
+
+def _reach_this_machine_directly() -> None:
+    """Keep a proxy for the network from being asked for the server on this machine."""
+    for name in ("NO_PROXY", "no_proxy"):
+        listed = os.environ.get(name, "").split(",")
+        os.environ[name] = ",".join(filter(None, dict.fromkeys([*listed, "127.0.0.1", "localhost"])))
+
+
+def _fail(error: Exception, message: str, code: int) -> None:
+    if "--debug" in sys.argv:
+        raise error
+    err.print(message, style="red", markup=False, highlight=False)
+    sys.exit(code)

@@ -1,0 +1,77 @@
+"""The commands of saved models: ask, export, serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.options import err, hide_bars
+from flows.models.export import Format
+
+app = typer.Typer()
+
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A saved model's directory, RECIPE/NAME, or a recipe that has run.")
+]
+
+
+@app.command()
+def ask(
+    model: ModelName,
+    title: Annotated[str | None, typer.Option(help="Of the product; else titles are asked for, one after another.")] = None,
+    question: Annotated[str | None, typer.Option(help="Else the recipe's own.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Let the base model answer too.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Else evaluate.max_new_tokens of the recipe.")] = None,
+) -> None:
+    """Ask a saved model about a product."""
+    from flows.models.ask import Options
+    from flows.models.ask import ask as answer
+    from flows.models.saved import find_saved
+
+    hide_bars()
+    saved = find_saved(model)
+    _tell(f"model: {saved.path}")
+    options = Options(title, question, compare, max_new_tokens)
+    answer(saved, options, read=input, say=lambda text: typer.echo(text, nl=False))
+
+
+@app.command()
+def export(
+    model: ModelName,
+    out: Annotated[Path, typer.Argument(help="The directory to make.")],
+    how: Annotated[Format, typer.Option("--format", help="What to write.")] = Format.MERGED,
+    push: Annotated[str | None, typer.Option(metavar="HUB_ID", help="Upload it too; the token is HF_TOKEN.")] = None,
+) -> None:
+    """Write a saved model in another form, and load it again to see that it answers the same."""
+    from flows.models.export import announce, read_token
+    from flows.models.export import export as write
+    from flows.models.export import push as upload
+    from flows.models.saved import find_saved
+
+    hide_bars()
+    saved, token = find_saved(model), read_token() if push else ""
+    announce(write(saved, how, out.absolute()), out, typer.echo)
+    if push:
+        typer.echo(f"pushed: {upload(out, push, token)}")
+
+
+@app.command()
+def serve(
+    model: ModelName,
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="On 127.0.0.1.")] = 8000,
+) -> None:
+    """Serve a saved model at an OpenAI-compatible endpoint, until Ctrl-C."""
+    from flows.models.saved import find_saved
+    from flows.models.serve import serve as become_server
+
+    hide_bars()
+    become_server(find_saved(model), port, _tell)
+
+
+def _tell(text: str) -> None:
+    err.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+__all__ = ["app"]

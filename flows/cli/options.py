@@ -1,0 +1,23 @@
+"""What several groups of commands share: consoles, exit codes, arguments."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+
+err = Console(stderr=True)
+
+RecipeName = Annotated[str, typer.Argument(metavar="[RECIPE|FILE]", help="A shipped recipe or a .yaml file.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value; may be repeated.")]
+AsJson = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show stack traces, and of a run Prefect's own log.")]
+
+
+def hide_bars() -> None:
+    """Keep the libraries' progress bars out of what is printed; before they are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

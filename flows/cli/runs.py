@@ -1,0 +1,114 @@
+"""The commands of runs: run, plan, runs, compare."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from flows.cli import tables
+from flows.cli.options import AsJson, Debug, Overrides, RecipeName, err, hide_bars
+from flows.recipes import StageName, check_until, load_recipe
+from tasks.caching import runs as records
+from tasks.refs import SavedModel
+
+if TYPE_CHECKING:
+    from tasks.config import Recipe
+
+app = typer.Typer()
+
+
+@app.command()
+def run(
+    recipe: RecipeName = "default",
+    overrides: Overrides = None,
+    until: Annotated[StageName | None, typer.Option(help="End after this stage.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe here, in this process: only what failed or changed is run again."""
+    chosen = load_recipe(recipe, overrides or ())
+    check_until(until, chosen)
+    with records.run_record(chosen.name, chosen.model_dump(mode="json"), until=until) as record:
+        try:
+            saved = _run_flow(chosen, until, debug)
+        finally:
+            tables.stages(record.stages, err)
+    tables.outcome(record, chosen, saved, err)
+    if as_json:
+        typer.echo(json.dumps(tables.summary(record, chosen, saved), ensure_ascii=False))
+
+
+def _run_flow(recipe: Recipe, until: StageName | None, debug: bool) -> SavedModel | None:
+    from flows.server.ephemeral import prefect_server
+
+    quiet = {} if debug else {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
+    os.environ |= {"PREFECT_LOGGING_EXTRA_LOGGERS": "tasks,flows", "DO_NOT_TRACK": "1", **quiet}
+    if not err.is_terminal:  # bars are for those who watch
+        hide_bars()
+    with prefect_server():
+        from flows.amazon_ft import amazon_ft
+
+        _log_to_terminal()
+        return amazon_ft(recipe, until=until.value if until else None)
+
+
+def _log_to_terminal() -> None:
+    """One plain line a message; after Prefect has configured logging, which replaces the handlers."""
+    handler = RichHandler(console=err, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)
+    for name in ("tasks", "flows"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+
+
+@app.command()
+def plan(recipe: RecipeName = "default", overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say which stages a run would run, and why; nothing is run."""
+    from flows.pipeline import plan as make_plan
+
+    found = make_plan(load_recipe(recipe, overrides or ()))
+    if as_json:
+        typer.echo(json.dumps({"stages": [tables.step(step) for step in found.steps]}, ensure_ascii=False))
+    else:
+        tables.plan(found, Console())
+
+
+@app.command()
+def runs(as_json: Annotated[bool, typer.Option("--json", help="As one JSON list.")] = False) -> None:
+    """List the runs of AMAZON_FT_HOME, newest first."""
+    from flows.reports.history import listing, show_runs
+
+    found = listing()
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False))
+    else:
+        show_runs(found, Console())
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(metavar="RUN", help="An id, the beginning of one, last, or last~N.")],
+    second: Annotated[str, typer.Argument(metavar="RUN", help="The other.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+) -> None:
+    """Say what differs between two runs: settings, data, metrics."""
+    from flows.reports.history import compare as compare_runs
+    from flows.reports.history import find_run, show_comparison
+    from tasks.caching.runs import past_runs
+
+    past = past_runs()
+    found = compare_runs(find_run(first, past), find_run(second, past))
+    if as_json:
+        typer.echo(json.dumps(asdict(found), ensure_ascii=False))
+    else:
+        show_comparison(found, Console())
+
+
+__all__ = ["app"]

@@ -1,0 +1,81 @@
+"""The commands of servers and workers: up, worker, deploy, doctor."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from flows.cli import tables
+from flows.cli.options import FAILED, AsJson, Overrides, RecipeName, err
+from flows.recipes import load_recipe
+from flows.server.deploy import PoolType
+
+app = typer.Typer()
+
+
+@app.command()
+def up(
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="Port of the server.")] = 4200,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in, without a password.")
+    ] = "127.0.0.1",
+    ui: Annotated[bool, typer.Option("--ui/--no-ui", help="Serve the web interface.")] = True,
+    database_url: Annotated[
+        str | None,
+        typer.Option(envvar="PREFECT_SERVER_DATABASE_CONNECTION_URL", help="postgresql+asyncpg://...; SQLite unless given."),
+    ] = None,
+) -> None:
+    """Start a server, work pools, workers and deployments on this machine; Ctrl-C ends them."""
+    from flows.server.up import Options
+    from flows.server.up import run as run_up
+
+    run_up(Options(host=host, port=port, ui=ui, database_url=database_url), Console())
+
+
+@app.command()
+def worker(
+    pool: Annotated[str, typer.Argument(help="cpu or cuda.")],
+    name: Annotated[str | None, typer.Option(help="Of the worker, as the server shows it.")] = None,
+    healthcheck: Annotated[bool, typer.Option("--with-healthcheck", help="Answer on port 8080 at /health.")] = False,
+) -> None:
+    """Serve a work pool here until SIGTERM or Ctrl-C, which let a training write a checkpoint first.
+
+    For k GPUs start k, each with its own CUDA_VISIBLE_DEVICES.
+    """
+    from flows.server.deploy import server_url
+    from flows.server.up import serve_pool
+
+    server_url()
+    raise typer.Exit(serve_pool(pool, name, healthcheck=healthcheck))
+
+
+@app.command()
+def deploy(
+    pools: Annotated[PoolType, typer.Option(help="Where runs live.")] = PoolType.PROCESS,
+    gpus: Annotated[int, typer.Option(min=1, help="How many trainings pool cuda runs at a time.")] = 1,
+) -> None:
+    """Register work pools, deployments and the crash automation with the server at PREFECT_API_URL."""
+    from flows.server.deploy import server_url, set_up
+
+    url = server_url()
+    set_up(pools, gpus)
+    err.print(f"registered at {url}: work pools cpu and cuda, every deployment of deployments/prefect.yaml", highlight=False)
+
+
+@app.command()
+def doctor(recipe: RecipeName = "default", overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what a run of the recipe would miss here; exit code 1 if anything."""
+    from flows.running.doctor import examine
+
+    found = examine(load_recipe(recipe, overrides or ()))
+    if as_json:
+        typer.echo(json.dumps({"findings": [vars(finding) for finding in found]}, ensure_ascii=False))
+    else:
+        tables.findings(found, Console())
+    raise typer.Exit(FAILED if any(finding.state == "missing" for finding in found) else 0)
+
+
+__all__ = ["app"]

@@ -1,0 +1,78 @@
+"""amazon-ft ask: one question, or one after another, to a saved model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flows.models.saved import Saved
+from tasks.config import Recipe
+from tasks.refs import InputError
+
+if TYPE_CHECKING:
+    from tasks.training.inference.chat import Asked
+
+COLUMNS = ("title", "content")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to ask."""
+
+    title: str | None
+    question: str | None
+    compare: bool
+    max_new_tokens: int | None
+
+
+def ask(saved: Saved, options: Options, *, read: Callable[[str], str], say: Callable[[str], None]) -> None:
+    """Answer the title of the options, else each that is read until an empty line or the end of the input."""
+    from tasks.training.inference.chat import load_asked
+
+    if options.title is not None:
+        render_title(saved.recipe, options.title)  # a mistake is told before minutes of loading
+    model = load_asked(saved.path, saved.base(), saved.recipe.model.weights)
+    for title in [options.title] if options.title is not None else _titles(read):
+        _answer(model, saved.recipe, title, options, say)
+
+
+def render_title(recipe: Recipe, title: str) -> str:
+    """What the recipe's merged prompt makes of a title; other columns are empty.
+
+    Raises:
+        InputError: for an empty title.
+    """
+    import pyarrow as pa
+
+    from tasks.text.merged_prompt import merge_columns, parse_merged_prompt
+
+    if not title.strip():
+        raise InputError("--title: got an empty text; expected a product's title.")
+    blocks = parse_merged_prompt(recipe.sharegpt.merged_prompt, COLUMNS)
+    product = pa.RecordBatch.from_pydict({"title": [title.strip()], "content": [""]})
+    return str(merge_columns(product, blocks)[0].as_py())
+
+
+def _titles(read: Callable[[str], str]) -> Iterator[str]:
+    while True:
+        try:
+            title = read("title> ").strip()
+        except EOFError:
+            return
+        if not title:
+            return
+        yield title
+
+
+def _answer(model: Asked, recipe: Recipe, title: str, options: Options, say: Callable[[str], None]) -> None:
+    prompt = render_title(recipe, title)
+    longest = options.max_new_tokens or recipe.evaluate.max_new_tokens
+    for name in ("base", "tuned") if options.compare else ("tuned",):
+        if options.compare:
+            say(f"{name}: ")
+        model.answer(prompt, options.question, max_new_tokens=longest, tuned=name == "tuned", say=say)
+        say("\n")
+
+
+__all__ = ["Options", "ask", "render_title"]

@@ -1,0 +1,94 @@
+"""Saved models by name or path, and the base model that each was trained on, by content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flows.recipes import build_recipe
+from tasks.config import Recipe
+from tasks.reading.model_files import directory_model, directory_tokenizer, read_json
+from tasks.refs import InputError, Model, home
+
+ADAPTER = "adapter_config.json"
+PROMOTED = "promoted"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved model's directory, and the recipe that made it."""
+
+    path: Path
+    recipe: Recipe
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """lineage.json."""
+        return read_json(self.path / "lineage.json")
+
+    def base(self) -> Model:
+        """The base model with its weights on this machine, and with the saved tokenizer and chat template.
+
+        Raises:
+            InputError: when it is not here, or not what the adapter was trained on.
+        """
+        return _base(self).model_copy(update={"tokenizer": directory_tokenizer(self.path)})
+
+
+def find_saved(name: str) -> Saved:
+    """A saved model by its directory, by RECIPE/NAME, or by its recipe: the promoted one, else the newest.
+
+    Raises:
+        InputError: when there is none, naming those that there are.
+    """
+    models = home() / "models"
+    found = next((path for path in (Path(name).expanduser(), models / name) if (path / ADAPTER).is_file()), None)
+    found = found or _of_recipe(models / name)
+    if found is None:
+        there = sorted(f"{path.parent.parent.name}/{path.parent.name}" for path in models.glob(f"*/*/{ADAPTER}"))
+        raise InputError(
+            f"model {name}: not found; expected a saved model's directory, RECIPE/NAME or a recipe that has run. "
+            + (f"There are: {', '.join(there)}." if there else f"Nothing is saved under {models} yet: run amazon-ft run demo.")
+        )
+    path = found.resolve()
+    if not (path / "recipe.yaml").is_file() or not (path / "lineage.json").is_file():
+        raise InputError(f"model {path}: has no recipe.yaml or no lineage.json; expected a directory that amazon-ft run saved.")
+    settings = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+    return Saved(path, build_recipe(settings, where=f"{path / 'recipe.yaml'}"))
+
+
+def _of_recipe(folder: Path) -> Path | None:
+    links = [link for link in folder.glob("*") if (link / ADAPTER).is_file()]
+    return next((link for link in links if link.name == PROMOTED), None) or max(
+        links, key=lambda link: link.lstat().st_mtime_ns, default=None
+    )
+
+
+def _base(saved: Saved) -> Model:
+    recorded = saved.lineage["base_model"]
+    name, digest = str(recorded["name"]), str(recorded["digest"])
+    if digest.startswith("hub:"):
+        from tasks.model import hub_model, with_weights
+
+        return with_weights(hub_model(*digest.removeprefix("hub:").split("@")))
+    for path in _places(saved):
+        if path.is_dir() and (model := directory_model(path.resolve(), name=name)).digest == digest:
+            return model
+    raise InputError(
+        f"model {saved.path}: its base model {name} is not here: got no directory with digest {digest[:16]}... "
+        f"at {' or '.join(map(str, _places(saved)))}; expected the one that it was trained on. "
+        "Fetch it with amazon-ft run RECIPE, or set AMAZON_FT_HOME to the root where the model was made."
+    )
+
+
+def _places(saved: Saved) -> list[Path]:
+    """Where a base model of no Hub may lie: fetched by a stage, or the directory that the recipe names."""
+    fetched = [record["digest"] for record in saved.lineage["stages"] if record["name"] == "fetch_model"]
+    roots = [home() / "artifacts", saved.path.parents[1]]
+    return [*(root / "model" / digest[:32] for digest in fetched for root in roots), Path(saved.recipe.model.id).expanduser()]
+
+
+__all__ = ["ADAPTER", "Saved", "find_saved"]

@@ -1,0 +1,79 @@
+"""amazon-ft serve: a saved model behind an OpenAI-compatible endpoint, by vLLM where it is installed, else by transformers.
+
+Neither is ours: what is served is adapter and base model merged, made once under AMAZON_FT_HOME/served, since transformers'
+server takes no adapter.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from flows.models.export import Format, announce, export
+from flows.models.saved import Saved
+from tasks.caching.files import file_digest, text_digest
+from tasks.caching.locks import flock
+from tasks.refs import ConfigError, home
+
+HOST = "127.0.0.1"
+NEEDED = ("fastapi", "openai", "uvicorn")
+"""What transformers' server imports."""
+
+
+def check_server() -> str:
+    """The server that is installed: vllm or transformers.
+
+    Raises:
+        ConfigError: when neither can run, naming what to install.
+    """
+    if find_spec("vllm"):
+        return "vllm"
+    if missing := [name for name in NEEDED if not find_spec(name)]:
+        raise ConfigError(
+            f"serve: not installed: {', '.join(missing)}; expected vllm, or what transformers' server needs. "
+            "pip install vllm on a GPU machine, else pip install 'amazon-ft[serve]'."
+        )
+    return "transformers"
+
+
+def merged_copy(saved: Saved, say: Callable[[str], None]) -> Path:
+    """The model merged into its base, made at the first call."""
+    adapter = file_digest(saved.path / "adapter_model.safetensors")
+    base, template = saved.lineage["base_model"]["digest"], file_digest(saved.path / "chat_template.jinja")
+    folder = home() / "served" / text_digest(f"{adapter} {base} {template}")[:32]
+    path = folder / saved.recipe.name
+    with flock(folder.with_suffix(".lock"), remove=True):
+        if not path.is_dir():
+            announce(export(saved, Format.MERGED, path), path, say)
+    return path
+
+
+def command(server: str, model: Path, port: int) -> list[str]:
+    """The server's own command line, to run beside the model's directory: its name is what clients call the model."""
+    own = (
+        [str(Path(sys.executable).parent / "vllm")]
+        if server == "vllm"
+        else [sys.executable, "-m", "transformers.cli.transformers"]
+    )
+    return [*own, "serve", model.name, "--host", HOST, "--port", str(port)]
+
+
+def serve(saved: Saved, port: int, say: Callable[[str], None]) -> None:
+    """Become the server, until Ctrl-C; it listens on this machine only.
+
+    Raises:
+        ConfigError: when no server is installed.
+    """
+    server = check_server()
+    model = merged_copy(saved, say)
+    say(f"{server} serves model {model.name} at http://{HOST}:{port}/v1/chat/completions; Ctrl-C ends it")
+    line = command(server, model, port)
+    os.chdir(model.parent)
+    # All that it needs is here, and what else lies in the Hub's cache is not for its clients.
+    os.execve(line[0], line, os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(model.parent), "DO_NOT_TRACK": "1"})
+
+
+__all__ = ["check_server", "command", "merged_copy", "serve"]

@@ -1,0 +1,243 @@
+"""The report of a run: one HTML file that needs no network, AMAZON_FT_HOME/models/RECIPE/report.html.
+
+It is written when a run has saved its model. Product text is hostile: everything is escaped but the plots, which are ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.recipes import load_recipe
+from flows.reports.results import Results, flat, read_json
+from tasks.caching.files import write_atomic
+from tasks.caching.runs import Run, current_run
+from tasks.refs import Products, SavedModel, Split, home
+from tasks.reporting import plots
+from tasks.reporting.markdown import number
+from tasks.reporting.model_card import FIGURES
+
+if TYPE_CHECKING:
+    from tasks.config import Recipe
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE = "page.html.j2"
+SHOWN_ROWS, SHOWN_ANSWERS = 2, 3
+RATE_POINTS = 60
+HIGHER = {"rouge1", "rouge2", "rougeL", "bleu", "chrf", "ends"}
+"""Figures of metrics.json that are better the higher they are; of the others all but length_ratio the lower."""
+
+
+def report_path(recipe_name: str) -> Path:
+    """Where the newest report of a recipe lies, beside the links to its models."""
+    return home() / "models" / recipe_name / "report.html"
+
+
+def write_report(recipe: Recipe, saved: SavedModel) -> Path | None:
+    """Write the report of the present run; None, and a warning, where that fails: a run does not fail of its report."""
+    run = current_run()
+    path = report_path(recipe.name)
+    try:
+        assert run is not None, "a report is of a run"
+        write_atomic(path, render(facts(run, recipe, saved)).encode())
+    except Exception as error:
+        logger.warning("report.html could not be written (%s: %s); the run goes on.", type(error).__name__, error)
+        logger.debug("report.html", exc_info=True)
+        path.unlink(missing_ok=True)  # the one before is of another run
+        return None
+    return path
+
+
+def render(told: Mapping[str, Any]) -> str:
+    """The page of a run's facts."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("flows.reports", "")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = number
+    return environment.get_template(TEMPLATE).render(told)
+
+
+def facts(run: Run, recipe: Recipe, saved: SavedModel) -> dict[str, Any]:
+    """Everything that the page shows."""
+    record = asdict(run)
+    results = Results(record)
+    lineage = read_json(saved.data / "lineage.json")
+    return {
+        "recipe": recipe.name,
+        "description": recipe.description,
+        "model": str(home() / "models" / recipe.name / saved.name),
+        "run": run.id,
+        "ended": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "seconds": time.time() - run.started,
+        "verdict": record.get("verdict"),
+        "rows": results.metrics.get("rows"),
+        "comparison": comparison(results.metrics),
+        "difference": results.metrics.get("difference"),
+        "buckets": results.metrics.get("buckets", []),
+        "plots": drawings(results, recipe),
+        "examples": results.examples(saved.data.path, SHOWN_ROWS),
+        "answers": choose_answers(results.generations, results.metrics.get("per_row", [])),
+        "funnel": funnel(results),
+        "stages": [{**entry, "made_in": results.seconds(entry)} for entry in results.stages],
+        "digests": _digests(saved, lineage),
+        "config": settings(recipe),
+        "environment": {**lineage.get("versions", {}), **_plain(results.resolved)},
+    }
+
+
+def comparison(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each figure that both models have, with its interval and whether the tuned one is better.
+
+    >>> comparison({"base": {"nll": 2.5, "chrf": 9.0}, "tuned": {"nll": 0.5, "nll_low": 0.4, "nll_high": 0.6}})
+    [{'name': 'nats per token', 'better': 'lower', 'base': (2.5, None, None), 'tuned': (0.5, 0.4, 0.6), 'gained': True}]
+    """
+    base, tuned = metrics.get("base", {}), metrics.get("tuned", {})
+    return [
+        {
+            "name": name,
+            "better": better(figure),
+            **{key: tuple(model.get(f"{figure}{end}") for end in ("", "_low", "_high")) for key, model in _models(metrics)},
+            "gained": _cost(tuned[figure], better(figure)) < _cost(base[figure], better(figure)),
+        }
+        for figure, name in FIGURES.items()
+        if base.get(figure) is not None and tuned.get(figure) is not None
+    ]
+
+
+def better(figure: str) -> str:
+    """Which values of a figure are the better ones.
+
+    >>> better("nll"), better("chrf"), better("length_ratio")
+    ('lower', 'higher', 'nearer to 1')
+    """
+    return "nearer to 1" if figure == "length_ratio" else "higher" if figure in HIGHER else "lower"
+
+
+def _models(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(name, metrics[name]) for name in ("base", "tuned")]
+
+
+def _cost(value: float, way: str) -> float:
+    return {"lower": value, "higher": -value}.get(way, abs(value - 1))
+
+
+def drawings(results: Results, recipe: Recipe) -> dict[str, str]:
+    """{title: SVG} of what there is to draw, in the page's own text colour."""
+    from markupsafe import Markup
+
+    steps = results.training
+    curves: dict[str, tuple[dict[str, plots.Points], str]] = {
+        "Loss": ({"training": _logged(steps, "loss"), "held out": _logged(steps, "held_out_loss")}, "nats per token"),
+        "Learning rate": ({"": _logged(steps, "learning_rate")}, ""),
+        "Speed": ({"": speeds(steps)}, "tokens/s"),
+        "Memory": ({"": _logged(steps, "memory_gib")}, "GiB"),
+    }
+    drawn = {title: plots.curves(series, "step", up) for title, (series, up) in curves.items() if any(series.values())}
+    if results.lengths:
+        limit = recipe.tokenize.max_tokens
+        drawn["Length of the training rows"] = plots.histogram(results.lengths, "tokens", "rows", limit=limit)
+    return {title: Markup(svg.replace(plots.GREY, "currentColor")) for title, svg in drawn.items()}
+
+
+def _logged(steps: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    """(step, figure) of the steps where the log has a number for it."""
+    return [(step["step"], step[name]) for step in steps if step.get(name) is not None and math.isfinite(step[name])]
+
+
+def speeds(steps: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """(step, tokens a second since the point before) where the log has times; a resumed training's clock begins anew.
+
+    >>> speeds([{"step": 1, "tokens": 90, "seconds": 1.0}, {"step": 2, "tokens": 100, "seconds": 3.0}])
+    [(2, 50.0)]
+    """
+    timed = [step for step in steps if math.isfinite(step.get("seconds", math.nan))]
+    every = max(1, len(timed) // RATE_POINTS)
+    points: list[tuple[float, float]] = []
+    last, tokens = 0, 0
+    for index, step in enumerate(timed[1:], start=1):
+        tokens += step["tokens"]
+        passed = step["seconds"] - timed[last]["seconds"]
+        if index - last >= every and passed > 0:
+            points.append((step["step"], tokens / passed))
+        if index - last >= every and passed != 0:
+            last, tokens = index, 0
+    return points
+
+
+def choose_answers(
+    generations: Sequence[Mapping[str, Any]], per_row: Sequence[Mapping[str, Any]]
+) -> dict[str, list[Mapping[str, Any]]]:
+    """The best, the worst and some other answers, by how likely the tuned model holds the reference to be; each once."""
+    nll = {uid: row["tuned_nll"] for row in per_row for uid in row["uids"]}
+    ranked = sorted((row for row in generations if row["uid"] in nll), key=lambda row: nll[row["uid"]])
+    count = min(SHOWN_ANSWERS, -(-len(ranked) // 3))
+    best, worst = ranked[:count], ranked[max(count, len(ranked) - count) :][::-1]
+    shown = {row["uid"] for row in [*best, *worst]}
+    rest = [row for row in generations if row["uid"] not in shown]
+    drawn = random.Random(0).sample(rest, min(SHOWN_ANSWERS, len(rest)))
+    return {
+        title: [{**row, "nll": nll.get(row["uid"])} for row in rows]
+        for title, rows in (("Best", best), ("Worst", worst), ("Drawn at random", drawn))
+    }
+
+
+def funnel(results: Results) -> list[tuple[str, int, str]]:
+    """(what, how many, what became of the others), from the lines that were read to the rows that were trained on."""
+    found: list[tuple[str, int, str]] = []
+    products = results.value("join", Products) or results.value("ingest", Products)
+    if products is not None:
+        rejected = products.rejects.rows if products.rejects else 0
+        lost = {**products.dropped, "set aside: malformed": rejected}
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in lost.items() if count)
+        found += [("lines read", products.lines, ""), ("products kept", products.data.rows, left_out)]
+    if (split := results.value("sample", Split)) is not None:
+        found.append(("drawn to train on", split.train.rows, f"{split.evaluation.rows:,} held out"))
+    if (conversations := results.value("sharegpt", Split)) is not None:
+        found.append(("conversations", conversations.train.rows, ""))
+    if (tokens := results.value("tokenize", Split)) is not None:
+        lost = {"too long": tokens.counts.get("overlong", 0), "with nothing to learn": tokens.counts.get("unlearnable", 0)}
+        found.append(("rows of tokens", tokens.train.rows, ", ".join(f"{n:,.0f} {why}" for why, n in lost.items() if n)))
+    if (packs := results.entry("pack")) is not None:
+        found.append(("packs", packs["rows"], ""))
+    if results.training:
+        found.append((f"{'packs' if packs else 'rows'} trained on", *_trained_on(results)))
+    return found
+
+
+def _trained_on(results: Results) -> tuple[int, str]:
+    tune = results.run["config"]["finetune"]
+    batches = results.entry("pack", "tokenize")
+    there = batches["rows"] if batches else 0
+    seen = len(results.training) * tune["batch_size"] * tune["gradient_accumulation"]
+    tokens = sum(step["tokens"] for step in results.training)
+    return min(seen, there), f"{seen / max(there, 1):.2f} epochs, {tokens:,} tokens"
+
+
+def settings(recipe: Recipe) -> list[tuple[str, Any, Any, bool]]:
+    """(key, value, the value of recipe `default`, whether they differ), those that differ first."""
+    own, default = flat(recipe.model_dump(mode="json")), flat(load_recipe("default").model_dump(mode="json"))
+    rows = [(key, own.get(key), default.get(key), own.get(key) != default.get(key)) for key in {**own, **default}]
+    return sorted(rows, key=lambda row: not row[3])
+
+
+def _digests(saved: SavedModel, lineage: Mapping[str, Any]) -> dict[str, str]:
+    base = lineage.get("base_model", {})
+    found = {"base model": base.get("name"), "base model's digest": base.get("digest"), "tokenizer": base.get("tokenizer")}
+    told = {"saved model": saved.data.digest, "adapter": lineage.get("adapter"), **found}
+    return {name: digest for name, digest in told.items() if digest}
+
+
+def _plain(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """What the training was decided to be, but for versions, which the lineage has."""
+    return {f"training: {key.replace('_', ' ')}": value for key, value in flat(resolved).items() if "versions." not in key}
+
+
+__all__ = ["render", "report_path", "write_report"]

@@ -1,0 +1,150 @@
+"""The training as a flow run of its own, on whatever machine serves work pool `cuda`.
+
+The parent creates it, waits, and passes on how it ended. It never reads Prefect's result of it: the references are in the
+records under AMAZON_FT_HOME, which both machines share.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from flows.reports.ui import current_board
+from flows.running.naming import run_name, run_tags
+from flows.server.deploy import TRAINING, online_workers
+from tasks.config import Recipe
+from tasks.refs import PipelineError, Prepared, home
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from prefect.client.schemas.objects import FlowRun, State
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 2.0
+LOOK_SECONDS = 10.0
+"""Between two looks for a worker."""
+
+
+class ChildError(PipelineError):
+    """The training's flow run did not complete; `state` is how it ended."""
+
+    def __init__(self, name: str, state: State[Any]) -> None:
+        super().__init__(f"amazon-ft-train '{name}' {(state.name or state.type).lower()}: {state.message or 'without a message'}")
+        self.state = state
+
+
+def run_child(recipe: Recipe, prepared: Prepared, until: str | None) -> None:
+    """Run amazon-ft-train as a deployment, nested below the present flow run, and wait for it.
+
+    Whatever ends the waiting, also cancels it.
+
+    Raises:
+        ChildError: with its message.
+    """
+    from prefect.deployments import run_deployment
+
+    parameters = {"recipe": recipe, "prepared": prepared}
+    plain = {name: value.model_dump(mode="json") for name, value in parameters.items()} | {"until": until}
+    run: FlowRun = run_deployment(TRAINING, parameters=plain, timeout=0, flow_run_name=run_name(recipe), tags=run_tags(recipe))  # pyright: ignore[reportAssignmentType]  # synchronous here
+    logger.info("finetune, baseline and evaluate run as amazon-ft-train '%s'.", run.name)
+    try:
+        state = _wait(run.id)
+    except BaseException:
+        _cancel(run.id)
+        raise
+    if not state.is_completed():
+        raise ChildError(run.name, state)
+
+
+def _wait(run: UUID) -> State[Any]:
+    """The final state of a flow run; the server may be away for a while."""
+    missing = Missing()
+    while True:
+        state = _read_state(run)
+        if state is not None and state.is_final():
+            return state
+        if state is not None and state.is_scheduled():
+            missing.look()
+        elif state is not None:
+            missing.found()
+        time.sleep(POLL_SECONDS)
+
+
+def _read_state(run: UUID) -> State[Any] | None:
+    from prefect.client.orchestration import get_client
+
+    try:
+        with get_client(sync_client=True) as client:
+            return client.read_flow_run(run).state
+    except httpx.HTTPError as error:
+        logger.warning("The Prefect server does not answer (%s); the training goes on, asking again.", type(error).__name__)
+        return None
+
+
+class Missing:
+    """Says, once, that no worker serves the pool, and which command starts one; and when one is there."""
+
+    def __init__(self) -> None:
+        self._told = False
+        self._next = 0.0
+
+    def look(self) -> None:
+        """The run has not been taken yet."""
+        if self._told or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + LOOK_SECONDS
+        try:
+            pool = _training_pool()
+            online = online_workers(pool)
+        except httpx.HTTPError:
+            return
+        if not online:
+            self._told = True
+            logger.warning("No worker of work pool %s is online; the training waits for one:\n%s", pool, command(pool))
+            text = f"No worker of work pool `{pool}` is online. Where the GPU is:\n\n```bash\n{command(pool)}\n```\n"
+            self._show("no worker is online", f"# The training waits\n\n{text}")
+
+    def found(self) -> None:
+        """A worker has taken the run."""
+        if self._told:
+            self._told = False
+            self._show("a worker has taken the training", "# The training has begun\n\nA worker is online now.\n")
+
+    def _show(self, description: str, text: str) -> None:
+        if (board := current_board()) is not None:
+            board.show("worker", description, lambda: text)
+
+
+def command(pool: str) -> str:
+    """The shell commands that start a worker of a pool for this server and this root."""
+    from prefect.settings import get_current_settings
+
+    return f"export PREFECT_API_URL={get_current_settings().api.url} AMAZON_FT_HOME={home()}\namazon-ft worker {pool}"
+
+
+def _training_pool() -> str:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        return client.read_deployment_by_name(TRAINING).work_pool_name or ""
+
+
+def _cancel(run: UUID) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.states import Cancelling
+
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(run).state
+            if state is None or not state.is_final():  # it may have ended by the same signal
+                client.set_flow_run_state(run, Cancelling(message="The parent flow run ended first."))
+    except httpx.HTTPError:
+        logger.warning("amazon-ft-train could not be cancelled: the server does not answer.", exc_info=True)
+
+
+__all__ = ["ChildError", "run_child"]

@@ -1,0 +1,121 @@
+"""A Prefect server for one process: started with it, ended with it, however it ends.
+
+Prefect's own ephemeral server stays behind when its parent is killed; this one watches its parent.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tasks.refs import PipelineError, home
+
+START_SECONDS = 180
+STOP_SECONDS = 5.0
+QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_ENABLED": "false",
+    "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+    "PREFECT_LOGGING_LEVEL": "ERROR",
+    "PREFECT__SERVER_EPHEMERAL": "1",
+    "PREFECT__SERVER_FINAL": "1",
+}
+
+
+@contextmanager
+def prefect_server() -> Generator[str]:
+    """The API to run against: PREFECT_API_URL when it is set, else a server of our own for the block.
+
+    Raises:
+        PipelineError: when the server does not come up; names its log.
+    """
+    if url := os.environ.get("PREFECT_API_URL"):
+        yield url
+        return
+    log = home() / "prefect-server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        port = _free_port()
+        command = [sys.executable, "-m", "flows.server.ephemeral", str(port), str(os.getpid())]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | QUIET)
+        os.environ["PREFECT_API_URL"] = url = f"http://127.0.0.1:{port}/api"
+        try:
+            wait_until_healthy(url, process, log)
+            yield url
+        finally:
+            _send_last_logs()
+            del os.environ["PREFECT_API_URL"]
+            end([process], STOP_SECONDS)
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Terminate processes and wait for them; kill what is left after so many seconds."""
+    for process in processes:
+        process.terminate()
+    give_up = time.monotonic() + seconds
+    for process in processes:
+        try:
+            process.wait(max(0.1, give_up - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _send_last_logs() -> None:
+    """Hand the server what Prefect's log thread still holds; at the exit it would try for a minute to reach one that is gone."""
+    if "prefect.logging.handlers" in sys.modules:
+        from prefect.logging.handlers import APILogHandler
+
+        APILogHandler().flush()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Return once the server answers.
+
+    Raises:
+        PipelineError: when it does not, or ends before; names its log.
+    """
+    import httpx
+
+    give_up = time.monotonic() + START_SECONDS
+    with httpx.Client() as client:
+        while time.monotonic() < give_up and process.poll() is None:
+            try:
+                if client.get(f"{url}/health", timeout=2).is_success:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.05)
+    raise PipelineError(f"Prefect server: did not answer within {START_SECONDS} s; expected {url}/health. Its log is {log}.")
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(0)
+
+
+def main(port: int, parent: int) -> None:
+    """Serve Prefect's API on a port of the loopback interface until the parent is gone."""
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    import uvicorn
+
+    uvicorn.run(
+        "prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=port, log_level="error", lifespan="on"
+    )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,245 @@
+"""`amazon-ft up`: a server, both work pools, their workers and all deployments on this machine, until Ctrl-C.
+
+Everything started here runs in a session of its own, so that a terminal's Ctrl-C reaches this process alone, which then
+ends the workers before the server; and under flows/running/supervisor.py, so that it ends too when this process is killed,
+flow runs first.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from flows.running import supervisor
+from flows.running.gpus import Gpu, visible_gpus
+from flows.server import deploy
+from flows.server.ephemeral import end, wait_until_healthy
+from tasks.refs import ConfigError, PipelineError, home
+
+ONLINE_SECONDS = 180
+WORKER_SECONDS, SERVER_SECONDS = supervisor.RUN_SECONDS + 2 * supervisor.END_SECONDS, 2 * supervisor.END_SECONDS
+STAY_SECONDS = 10
+"""What ends earlier than this after its start would do so again."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
+
+    host: str = "127.0.0.1"
+    port: int = 4200
+    ui: bool = True
+    database_url: str | None = None
+
+    @property
+    def url(self) -> str:
+        """The server's own, for programs on this machine."""
+        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
+
+
+@dataclass
+class Started:
+    """A process, and how to start it again."""
+
+    command: tuple[str, ...]
+    env: dict[str, str]
+    process: subprocess.Popen[bytes]
+    at: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class Processes:
+    """What was started, in order: the server, the worker of pool cpu, those of pool cuda."""
+
+    env: dict[str, str]
+    started: dict[str, Started] = field(default_factory=dict[str, Started])
+
+    def start(self, name: str, *command: str, **env: str) -> subprocess.Popen[bytes]:
+        """`prefect COMMAND` with its output in a log of its own."""
+        log = log_of(name)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        guarded = [sys.executable, "-m", "flows.running.supervisor", str(os.getpid()), "prefect", *command]
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                guarded, stdout=output, stderr=subprocess.STDOUT, env=self.env | env, start_new_session=True
+            )
+        self.started[name] = Started(command, env, process)
+        return process
+
+    def stop(self) -> None:
+        """End trainings first, then what waits for them, then the server, which hears how all of them ended."""
+        processes = [item.process for item in self.started.values()]
+        for group, seconds in (
+            (processes[2:], WORKER_SECONDS),
+            (processes[1:2], WORKER_SECONDS),
+            (processes[:1], SERVER_SECONDS),
+        ):
+            end(group, seconds)
+
+    def revive(self, console: Console) -> None:
+        """Start again what ended by itself.
+
+        Raises:
+            PipelineError: when it had only just been started.
+        """
+        for name, item in list(self.started.items()):
+            if (code := item.process.poll()) is None:
+                continue
+            if time.monotonic() - item.at < STAY_SECONDS:
+                raise PipelineError(
+                    f"up: {name}: ended with exit code {code} within {STAY_SECONDS} s; expected it to stay. "
+                    f"Its log is {log_of(name)}."
+                )
+            console.print(f"{name} ended with exit code {code} and is started again; its log is {log_of(name)}", soft_wrap=True)
+            self.start(name, *item.command, **item.env)
+
+
+def log_of(name: str) -> Path:
+    """Where a process's output goes."""
+    return home() / "logs" / f"{name}.log"
+
+
+def run(options: Options, console: Console) -> None:
+    """Start everything, say how to use it, and stay until interrupted.
+
+    Raises:
+        PipelineError: when a part does not start or does not stay.
+    """
+    _check_port(options)
+    gpus = visible_gpus()
+    with _ended_by_signals(), _processes(options) as processes:
+        os.environ["PREFECT_API_URL"] = f"{options.url}/api"
+        server = processes.start("server", *server_command(options))
+        wait_until_healthy(f"{options.url}/api", server, log_of("server"))
+        deploy.set_up_pools(deploy.PoolType.PROCESS, max(1, len(gpus)))
+        names = _start_workers(processes, gpus)
+        deploy.register()
+        _wait_until_online(names)
+        _tell(options, gpus, console)
+        with suppress(KeyboardInterrupt):
+            while True:
+                processes.revive(console)
+                time.sleep(1)
+
+
+def environment(options: Options) -> dict[str, str]:
+    """What server, workers and flow runs share."""
+    shared = {
+        "PREFECT_API_URL": f"{options.url}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "AMAZON_FT_HOME": str(home()),
+        "AMAZON_FT_DATA": str(Path(os.environ.get("AMAZON_FT_DATA") or ".").absolute()),
+        "DO_NOT_TRACK": "1",
+    }
+    other = {
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": options.database_url,
+        "PREFECT_SERVER_UI_API_URL": os.environ.get("PREFECT_SERVER_UI_API_URL") or _api_for_browsers(options),
+    }
+    return shared | {name: url for name, url in other.items() if url}
+
+
+def _api_for_browsers(options: Options) -> str | None:
+    """Where the interface on another machine finds the API; None if only this machine is listened to."""
+    return f"http://{socket.getfqdn()}:{options.port}/api" if options.host == "0.0.0.0" else None
+
+
+@contextmanager
+def _processes(options: Options) -> Generator[Processes]:
+    processes = Processes({**os.environ, **environment(options)})
+    try:
+        yield processes
+    finally:
+        processes.stop()
+
+
+def server_command(options: Options) -> list[str]:
+    """The arguments of `prefect` that start the server."""
+    return ["server", "start", "--host", options.host, "--port", str(options.port), "--ui" if options.ui else "--no-ui"]
+
+
+def _start_workers(processes: Processes, gpus: Sequence[Gpu]) -> dict[str, str]:
+    """One worker for the parent flows, and one to a GPU; {worker: pool}."""
+    processes.start("cpu-0", *worker_command("cpu-0", deploy.CPU_POOL))
+    for number, gpu in enumerate(gpus):
+        limited = worker_command(f"cuda-{number}", deploy.CUDA_POOL, "--limit", "1")
+        processes.start(f"cuda-{number}", *limited, CUDA_VISIBLE_DEVICES=gpu.uuid)
+    if not gpus:
+        processes.start("cuda-0", *worker_command("cuda-0", deploy.CUDA_POOL, "--limit", "1"))
+    workers = [name for name in processes.started if name != "server"]
+    return {name: deploy.CPU_POOL if name == "cpu-0" else deploy.CUDA_POOL for name in workers}
+
+
+def worker_command(name: str, pool: str, *options: str) -> list[str]:
+    """The arguments of `prefect` that start a worker."""
+    return ["worker", "start", "--name", name, "--pool", pool, "--type", "process", *options]
+
+
+def _wait_until_online(names: dict[str, str]) -> None:
+    give_up = time.monotonic() + ONLINE_SECONDS
+    while waiting := [name for name, pool in names.items() if name not in deploy.online_workers(pool)]:
+        if time.monotonic() > give_up:
+            raise PipelineError(f"up: worker {waiting[0]}: not online after {ONLINE_SECONDS} s. Its log is {log_of(waiting[0])}.")
+        time.sleep(0.2)
+
+
+def _tell(options: Options, gpus: Sequence[Gpu], console: Console) -> None:
+    trains = f"{len(gpus)} x {gpus[0].name}" if gpus else "no GPU here: the cuda worker trains on the CPU (device=cpu recipes)"
+    lines = (
+        f"server:    {options.url}" if options.ui else f"server:    {options.url}/api (without UI)",
+        f"training:  {trains}",
+        f"logs:      {home() / 'logs'}",
+        "",
+        "In another shell:",
+        f"  export PREFECT_API_URL={options.url}/api",
+        f"  prefect deployment run amazon-ft/{'default' if gpus else 'demo'}",
+        "",
+        "Ctrl-C ends the server and its workers; a training writes a checkpoint first.",
+    )
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _check_port(options: Options) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((options.host, options.port))
+        except OSError as error:
+            raise ConfigError(
+                f"up: {options.host}:{options.port}: {error.strerror}; expected a free port. Use --port, or the server there "
+                f"(export PREFECT_API_URL=http://{options.host}:{options.port}/api; amazon-ft deploy)."
+            ) from error
+
+
+def serve_pool(pool: str, name: str | None, *, healthcheck: bool) -> int:
+    """Be a worker of a pool at PREFECT_API_URL; one run at a time where it trains. Returns Prefect's exit code."""
+    options = (["--limit", "1"] if pool == deploy.CUDA_POOL else []) + (["--with-healthcheck"] if healthcheck else [])
+    named = ["--name", name] if name else []
+    return supervisor.supervise(os.getppid(), ["prefect", "worker", "start", "--pool", pool, *named, *options])
+
+
+@contextmanager
+def _ended_by_signals() -> Generator[None]:
+    """SIGTERM and SIGINT end the block as Ctrl-C does, even where a shell started this in the background and ignores SIGINT."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

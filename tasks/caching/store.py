@@ -1,0 +1,198 @@
+"""Artifacts under AMAZON_FT_HOME: publishing and verification.
+
+    artifacts/KIND/DIGEST/   published directories, named by content, never changed; manifest.json names every file
+    records/KEY              what a stage with that key returned (written by Prefect as the task's result)
+    drafts/                  directories being written; each is locked by its writer
+    work/KEY/                a training's checkpoints, locked by the run that trains
+    runs/ID.json             what each run used, locked while it runs
+    digests.sqlite           memo of file digests
+    models/RECIPE/NAME       links to saved models
+
+Every write goes to a draft, is synced, and is renamed into place; locks are `flock`s, which the kernel frees when their
+holder dies, however it dies.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+from uuid import uuid4
+
+from pydantic import BaseModel
+
+from tasks.caching.files import file_digest, space_checked, sync_directory, text_digest, write_synced
+from tasks.caching.locks import flock
+from tasks.caching.runs import use
+from tasks.refs import Artifact, home
+
+MANIFEST = "manifest.json"
+
+Verify = Literal["full", "size"]
+_verify: ContextVar[Verify] = ContextVar("verify", default="full")
+
+
+class Missing(Exception):  # noqa: N818  # an outcome, not an error
+    """An artifact or record can't be served; the message says why."""
+
+
+@dataclass
+class Draft:
+    """A directory that becomes an artifact when its `publish` block ends without an error."""
+
+    path: Path
+    rows: int = 0
+    _published: Artifact | None = field(default=None, repr=False)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def artifact(self) -> Artifact:
+        """The reference; after the block."""
+        assert self._published is not None, "read Draft.artifact after the publish block"
+        return self._published
+
+
+@contextmanager
+def publish(kind: str, *, need_bytes: int = 0) -> Generator[Draft]:
+    """Write files into a draft and publish them atomically under their content digest.
+
+        with publish("products") as draft:
+            write(draft / "products.arrow")
+            draft.rows = 3
+        return draft.artifact
+
+    An error leaves nothing behind. An artifact that is already there and intact is kept.
+
+    Raises:
+        NoSpaceError: when the disk has less than `need_bytes` free, or fills up while writing.
+    """
+    path = home() / "drafts" / f"{kind}-{uuid4().hex}"
+    # the lock comes before there is anything that gc could take for a leftover
+    with space_checked(path, need_bytes), flock(path.with_suffix(".lock"), remove=True):
+        path.mkdir()
+        try:
+            draft = Draft(path)
+            yield draft
+            draft._published = _seal(draft, kind)  # pyright: ignore[reportPrivateUsage]
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _seal(draft: Draft, kind: str) -> Artifact:
+    files = _listing(draft.path)
+    manifest = json.dumps({"kind": kind, "files": files}, indent=1, sort_keys=True)
+    write_synced(draft / MANIFEST, manifest.encode())
+    artifact = Artifact(
+        kind=kind, digest=text_digest(manifest), rows=draft.rows, size_bytes=sum(int(entry["size"]) for entry in files.values())
+    )
+    use(artifact)
+    with suppress(Missing):
+        verify(artifact)
+        return artifact
+    artifact.path.parent.mkdir(parents=True, exist_ok=True)
+    if artifact.path.exists():
+        artifact.path.replace(draft.path.with_suffix(".damaged"))
+        shutil.rmtree(draft.path.with_suffix(".damaged"), ignore_errors=True)
+    try:
+        draft.path.replace(artifact.path)
+    except OSError as error:  # another run published the same bytes in between
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+    sync_directory(artifact.path.parent)
+    return artifact
+
+
+def _listing(path: Path) -> dict[str, dict[str, Any]]:
+    """{relative name: size, sha256} of every file below, each synced to disk."""
+    files: dict[str, dict[str, Any]] = {}
+    for file in sorted(item for item in path.rglob("*") if item.is_file()):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+            files[str(file.relative_to(path))] = {
+                "size": file.stat().st_size,
+                "sha256": hashlib.file_digest(handle, "sha256").hexdigest(),
+            }
+    return files
+
+
+@contextmanager
+def verifying(how: Verify) -> Generator[None]:
+    """Check cached artifacts by full digest or by size for the block."""
+    token = _verify.set(how)
+    try:
+        yield
+    finally:
+        _verify.reset(token)
+
+
+def verified_how() -> Verify:
+    """How cached artifacts are checked at present."""
+    return _verify.get()
+
+
+def check(value: BaseModel) -> None:
+    """Verify every artifact that a recorded result names.
+
+    Raises:
+        Missing: naming what is missing or damaged.
+    """
+    artifacts = list(artifacts_of(value))
+    use(*artifacts)
+    for artifact in artifacts:
+        verify(artifact, _verify.get())
+
+
+def artifacts_of(value: BaseModel) -> Iterator[Artifact]:
+    """Every artifact that a reference names, its own first."""
+    if isinstance(value, Artifact):
+        yield value
+        return
+    for name in type(value).model_fields:
+        item = getattr(value, name)
+        for part in cast("tuple[object, ...]", item) if isinstance(item, tuple) else (item,):
+            if isinstance(part, BaseModel):
+                yield from artifacts_of(part)
+
+
+def verify(artifact: Artifact, how: Verify = "full") -> None:
+    """Check that an artifact is there with the bytes it was published with.
+
+    Raises:
+        Missing: naming the file that is missing or damaged.
+    """
+    manifest = artifact.path / MANIFEST
+    try:
+        text = manifest.read_bytes()
+    except OSError:
+        raise Missing(f"output missing: {_relative(artifact.path)}") from None
+    if hashlib.sha256(text).hexdigest() != artifact.digest:
+        raise Missing(f"output corrupt: {_relative(manifest)}")
+    for name, entry in json.loads(text)["files"].items():
+        _verify_file(artifact.path / name, entry, how)
+
+
+def _verify_file(file: Path, entry: dict[str, Any], how: Verify) -> None:
+    try:
+        size = file.stat().st_size
+        intact = size == entry["size"] and (how == "size" or file_digest(file) == entry["sha256"])
+    except OSError:
+        raise Missing(f"output missing: {_relative(file)}") from None
+    if not intact:
+        raise Missing(f"output corrupt: {_relative(file)}")
+
+
+def _relative(path: Path) -> str:
+    return str(path.relative_to(home()))
+
+
+__all__ = ["MANIFEST", "Draft", "Missing", "Verify", "artifacts_of", "check", "publish", "verified_how", "verify", "verifying"]

@@ -1,0 +1,112 @@
+"""A model directory in transformers' format: what it counts as, and its tokenizer's special tokens; without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tasks.caching.files import directory_digest
+from tasks.refs import Artifact, InputError, Model, Special, Tokenizer
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+"""Pickled weights (*.bin) do not count and are not read: loading one runs whatever it holds."""
+
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def directory_model(path: Path, *, name: str, artifact: Artifact | None = None) -> Model:
+    """A model directory, by the content of the files that matter.
+
+    Raises:
+        InputError: when weights (safetensors), config.json or tokenizer files are missing.
+    """
+    weights = _names(path, WEIGHTS)
+    if "config.json" not in weights or not any(file.endswith(".safetensors") for file in weights):
+        raise InputError(
+            f"model.id: {path} is no model directory: got {_listed(path)}; expected config.json and *.safetensors. "
+            "Save the model with save_pretrained, which writes both."
+        )
+    return Model(
+        path=str(path),
+        digest=directory_digest(path, weights),
+        name=name,
+        tokenizer=directory_tokenizer(path),
+        artifact=artifact,
+    )
+
+
+def directory_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer directory, by the content of its files.
+
+    Raises:
+        InputError: when there is no tokenizer.json, or no end-of-sequence token is named.
+    """
+    names = _names(path, TOKENIZER)
+    if "tokenizer.json" not in names:
+        raise InputError(
+            f"model.id: {path} has no tokenizer: got {_listed(path)}; expected tokenizer.json. "
+            "Save the fast tokenizer there with save_pretrained."
+        )
+    return Tokenizer(path=str(path), digest=directory_digest(path, names), special=read_special(path))
+
+
+def read_special(path: Path) -> Special:
+    """The tokens that begin and end a text, as the tokenizer's files name them.
+
+    Raises:
+        InputError: when none of them names an end-of-sequence token.
+    """
+    named: dict[str, Any] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (path / file).is_file():
+            named |= {key: value for key, value in read_json(path / file).items() if value is not None}
+    eos = _token(named.get("eos_token"))
+    if eos is None:
+        raise InputError(
+            f"{path}: no end-of-sequence token: got {sorted(named)}; expected eos_token in tokenizer_config.json. "
+            "Without it no answer would end; name one there."
+        )
+    return Special(bos=_token(named.get("bos_token")), eos=eos)
+
+
+def _token(value: Any) -> str | None:
+    """A token, written as text or as {"content": text}.
+
+    >>> _token({"content": "</s>", "lstrip": False})
+    '</s>'
+    """
+    return value["content"] if isinstance(value, dict) else value
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file's object.
+
+    Raises:
+        InputError: when it is no JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file}: no JSON: {error}. Fetch the tokenizer anew.") from error
+
+
+def _names(path: Path, patterns: tuple[str, ...]) -> list[str]:
+    return sorted({file.name for pattern in patterns for file in path.glob(pattern) if file.is_file()})
+
+
+def _listed(path: Path) -> str:
+    names = sorted(item.name for item in path.iterdir())
+    return f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" or "an empty directory"
+
+
+__all__ = ["TOKENIZER", "WEIGHTS", "directory_model", "directory_tokenizer", "read_json", "read_special"]

@@ -1,0 +1,107 @@
+"""Paths, globs and URLs to the files they name, each with the digest of its content."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+import shutil
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, cast
+from uuid import uuid4
+
+from tasks.caching.files import file_digest, space_checked
+from tasks.refs import InputError, Source, SourceFile, home
+
+URL = re.compile(r"^(?!file://)[A-Za-z][A-Za-z0-9+.-]+(://|::)")
+KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def locate_source(sources: tuple[str, ...]) -> Source:
+    """The files that paths, globs and fsspec URLs name, in that order, a glob's files by name, each file once.
+
+    A URL is fetched once, to AMAZON_FT_HOME/downloads; delete its directory there to fetch it again.
+
+    Raises:
+        InputError: listing everything that is not there or is no plain file.
+    """
+    files, problems = dict[Path, None](), list[str]()
+    for source in sources:
+        try:
+            files.update(dict.fromkeys(_fetch(source) if URL.match(source) else _match(source)))
+        except InputError as error:
+            problems.append(str(error))
+        except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links, a user that is none
+            problems.append(f"{source}: {getattr(error, 'strerror', None) or error}")
+    problems.extend(f"{path}: is {kind}; expected a file" for path in files if (kind := _oddity(path)))
+    if problems:
+        listed = "; ".join(problems)
+        raise InputError(f"ingest.sources: {listed}. Give paths, globs or URLs of .json, .jsonl, .gz, .zst or .zip files.")
+    return Source(files=tuple(_source_file(path) for path in files))
+
+
+def _match(source: str) -> Iterable[Path]:
+    """The path itself, else what it matches as a glob."""
+    path = Path(source.removeprefix("file://")).expanduser().absolute()
+    if path.exists():
+        return [path]
+    found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207  # Path's takes no absolute one
+    if not found:
+        raise InputError(f"{source}: not found")
+    return found
+
+
+def _oddity(path: Path) -> str | None:
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return f"a link to nothing ({error.strerror})" if path.is_symlink() else f"not to be had ({error.strerror})"
+    return None if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "no plain file")
+
+
+def _source_file(path: Path) -> SourceFile:
+    try:
+        return SourceFile(url=str(path), digest=file_digest(path), size_bytes=path.stat().st_size)
+    except OSError as error:
+        raise InputError(f"ingest.sources: {path}: {error.strerror}; expected a readable file. Check its permissions.") from error
+
+
+def _fetch(url: str) -> Iterable[Path]:
+    """Local copies of what a URL names; what is already there is not asked for again."""
+    import fsspec
+
+    folder = home() / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    if not folder.exists():
+        try:
+            opened = fsspec.open_files(url, "rb")
+            if not opened:
+                raise FileNotFoundError(url)
+            _download(folder, {Path(file.path).name or "download": file for file in opened})
+        except (ImportError, ValueError, OSError) as error:
+            raise InputError(f"{url}: {error or type(error).__name__}") from error
+    return sorted(folder.iterdir())
+
+
+def _download(folder: Path, files: dict[str, object]) -> None:
+    draft = folder.with_name(f".{folder.name}-{uuid4().hex}")
+    try:
+        with space_checked(draft):
+            draft.mkdir(parents=True)
+            for name, opened in files.items():
+                with cast("IO[bytes]", opened) as remote, (draft / name).open("wb") as local:
+                    shutil.copyfileobj(remote, local, 2**20)
+            if not folder.exists():
+                draft.replace(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+__all__ = ["locate_source"]

@@ -1,0 +1,4 @@
+"""Numbers to markdown, plots and model cards.
+
+May enter: pure functions from figures to text or SVG.
+"""

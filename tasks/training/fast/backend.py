@@ -1,0 +1,145 @@
+"""The fast backend: packs on one GPU as fast as it allows; on the CPU the same arithmetic, for tests and small models.
+
+    loading.py -> PEFT -> packed.py        the model: frozen matrices fused, compiled layers
+    packed.py -> attention.py              attention within rows
+    transformers.Trainer -> trainer.py     the loop: schedule, clipping, checkpoints, resume, telemetry, as the other backends
+
+What is our own here, because no library does it as fast or at all, and by how much, is measured in tests/bench/LOG.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.training.backend import Job, Progress
+from tasks.training.hf import add_adapter
+from tasks.training.loading import load_base, load_tokenizer
+from tasks.training.trainer import on_one_gpu, read_rows, run, sft_arguments
+
+if TYPE_CHECKING:
+    from tasks.training.fast.packed import Collator, PackedLlama
+
+ONLY_TRL = ("dataset_kwargs",)
+"""Arguments of trainer.sft_arguments that transformers.TrainingArguments does not know."""
+LENGTHS = 6
+"""Rows that are not packed are filled up to so many lengths on a GPU, which compiles each anew, and torch at most eight."""
+EVEN = 128
+"""Packs are filled up to a multiple of this on a GPU, whose matrix products like even sizes."""
+SLICE_STEP = 2048
+"""Labelled positions are filled up to a multiple of this on a GPU, for the same reason."""
+
+
+class FastBackend:
+    """Our own forward pass over PEFT's parameters, in transformers' Trainer."""
+
+    def train(self, job: Job, progress: Progress) -> float:
+        """Train on packs, or on rows laid end to end; see tasks.training.backend.Backend."""
+        resolved = job.resolved
+        model = load_base(Path(job.model.path), resolved.dtype, load_in_4bit=resolved.load_in_4bit, device=resolved.device)
+        return run(job, make_trainer(job, add_adapter(model, job.config.lora), load_tokenizer(job.model)), progress)
+
+
+def make_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
+    """A transformers.Trainer of the wrapped model, whose loss is that of tasks/training/fast/packed.py."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    rows = read_rows(job)
+    packed = take_over(job, wrapped)
+
+    class PackedTrainer(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, num_items_in_batch: Any = None, **__: Any) -> Any:
+            del model
+            return packed.loss(inputs, num_items_in_batch)
+
+    known = {name: value for name, value in sft_arguments(job).items() if name not in ONLY_TRL}
+    trainer = PackedTrainer(
+        model=wrapped,
+        args=on_one_gpu(TrainingArguments(**(known | settings(job.resolved.device)))),
+        train_dataset=rows,
+        data_collator=collator(job, measure(rows)),
+        processing_class=tokenizer,
+    )
+    trainer.model_accepts_loss_kwargs = True  # the loss is already divided by all labelled tokens of a step
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def settings(device: str) -> dict[str, Any]:
+    """TrainingArguments of this backend: no autocast, for packed.py casts where it must, and no waiting for each loss.
+
+    Nor for a batch to be copied to the GPU: that would be waiting until all steps before are done, and only then laying out
+    the next pack, while the GPU has nothing to do.
+    """
+    names = ("bf16", "fp16", "remove_unused_columns", "gradient_checkpointing", "logging_nan_inf_filter")
+    copying = {"accelerator_config": {"non_blocking": True}} if device == "cuda" else {}
+    return dict.fromkeys(names, False) | copying
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What the data's rows measure, in tokens and rows."""
+
+    pack: int
+    """Tokens of the longest pack, or row where rows are not packed."""
+    row: int
+    """Tokens of the longest row."""
+    rows: int
+    """Rows of the fullest pack."""
+
+
+def measure(dataset: Any) -> Lengths:
+    """The largest sizes of a data set, read without its tokens."""
+    import pyarrow.compute as pc
+
+    def longest(name: str) -> int:
+        return int(pc.max(pc.list_value_length(table[name])).as_py())
+
+    table: Any = dataset.data
+    pack = longest("input_ids")
+    if "seq_lengths" not in table.column_names:
+        return Lengths(pack, pack, 1)
+    return Lengths(pack, int(pc.max(pc.list_flatten(table["seq_lengths"])).as_py()), longest("seq_lengths"))
+
+
+def take_over(job: Job, wrapped: Any) -> PackedLlama:
+    """The wrapped model as a function of packs."""
+    from tasks.training.fast.packed import PackedLlama
+
+    resolved = job.resolved
+    return PackedLlama(
+        wrapped,
+        resolved.frozen_weights,
+        checkpointed=resolved.gradient_checkpointing == "full",
+        compiled=resolved.device == "cuda" and resolved.dtype != "float32",
+    )
+
+
+def collator(job: Job, lengths: Lengths) -> Collator:
+    """Batches of one shape on a GPU, so that one compilation serves all; as long as they are on the CPU."""
+    from tasks.training.fast.packed import Collator
+
+    return Collator() if job.resolved.device == "cpu" else gpu_collator(lengths, job.config.batch_size, packed=job.packed)
+
+
+def gpu_collator(lengths: Lengths, batch_size: int, *, packed: bool) -> Collator:
+    """The shapes that a GPU sees of data of such lengths."""
+    from tasks.training.fast.packed import Collator
+
+    most = batch_size * lengths.pack
+    tokens = round_up(most if packed else -(-most // LENGTHS), EVEN)
+    rows = batch_size * lengths.rows + -(-tokens // lengths.row)
+    return Collator(tokens=tokens, longest=lengths.row, rows=rows, slice=SLICE_STEP)
+
+
+def round_up(size: int, step: int) -> int:
+    """The next multiple of a step.
+
+    >>> round_up(8100, 128)
+    8192
+    """
+    return -(-size // step) * step
+
+
+__all__ = ["FastBackend", "collator", "gpu_collator", "make_trainer", "measure", "round_up", "settings", "take_over"]

@@ -1,0 +1,134 @@
+"""How the fast backend holds the base model on the GPU at hand, and whether it keeps activations: the fastest that fits."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+from tasks.config import FinetuneConfig, FrozenWeights
+from tasks.refs import ConfigError
+from tasks.training.backend import Resolved
+from tasks.training.hardware import GIB
+from tasks.training.memory import Shape, estimate_gib
+
+logger = logging.getLogger(__name__)
+
+Checkpointing = Literal["none", "full"]
+
+FP8_CAPABILITY = (8, 9)
+"""The first GPUs with fp8 matrix products (Ada). Source: CUDA's compute capability tables."""
+FP8_HIDDEN = 2048
+"""`auto` rounds no narrower model. fp8 costs SmolLM2-135M, 576 wide, held-out loss (tests/bench/LOG.md), and speeds up
+Llama-3-8B, 4,096 wide; where between the two it begins to pay was not measured."""
+KEPT = 1.45
+"""Activations over the least estimate: Llama-3-8B, 8,192 tokens, took 38.5 GiB where memory.py says 26.6 (tests/bench/LOG.md)."""
+USABLE = 0.95
+"""Share of the free memory to plan with; the rest goes to fragments."""
+
+
+def choose(config: FinetuneConfig, resolved: Resolved, shape: Shape, tokens: int, free_gib: float | None) -> Resolved:
+    """The fastest of the wanted ways whose estimate fits into the free memory; the leanest where none does.
+
+    Raises:
+        ConfigError: for fp8 on a GPU without it.
+    """
+    capability = compute_capability(resolved.device)
+    if is_fp8(config.frozen_weights) and capability < FP8_CAPABILITY:
+        raise ConfigError(
+            f"finetune.frozen_weights: {resolved.device_name} has no fp8: got {config.frozen_weights}; "
+            "expected auto, plain or nf4. Set finetune.frozen_weights=auto."
+        )
+    chosen = resolved
+    for held, checkpointing in ways(config, capability, shape.hidden):
+        chosen = resolved.model_copy(
+            update={"frozen_weights": held, "load_in_4bit": held == "nf4", "gradient_checkpointing": checkpointing}
+        )
+        chosen = chosen.model_copy(update={"estimated_gib": _estimate(shape, config, chosen, tokens), "free_gib": free_gib})
+        if free_gib is None or chosen.estimated_gib["total"] <= USABLE * free_gib:  # pyright: ignore[reportOptionalSubscript]
+            break
+    _tell(chosen)
+    return chosen
+
+
+def check_model(path: Path, dtype: str) -> None:
+    """Refuse a model that packed.py does not compute, by its config.json.
+
+    Raises:
+        ConfigError: naming the backend that can.
+    """
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    stored = config.get("quantization_config")
+    got: dict[str, object] = {
+        "model_type": config.get("model_type"),
+        "hidden_act": config.get("hidden_act", "silu"),
+        "biases": bool(config.get("attention_bias") or config.get("mlp_bias")),
+        "dtype": dtype,
+        "weights": "16 bits" if stored is None else "4 bits" if stored.get("load_in_4bit") else stored.get("quant_method"),
+    }
+    wanted: dict[str, tuple[object, ...]] = {
+        "model_type": ("llama",),
+        "hidden_act": ("silu",),
+        "biases": (False,),
+        "dtype": ("bfloat16", "float32"),
+        "weights": ("16 bits", "4 bits"),
+    }
+    wrong = [f"{name} {got[name]}" for name, allowed in wanted.items() if got[name] not in allowed]
+    if wrong:
+        raise ConfigError(
+            f"finetune.backend: the fast backend can't train this model: got {', '.join(wrong)}; expected a Llama without "
+            "biases, its weights in 16 bits or in 4 by bitsandbytes, in bfloat16 or float32. "
+            "Set finetune.backend=hf finetune.gradient_checkpointing=full."
+        )
+
+
+def is_fp8(held: str) -> bool:
+    """Whether a way to hold the matrices needs fp8 matrix products."""
+    return held in ("fp8", "fp8-backward")
+
+
+def ways(config: FinetuneConfig, capability: tuple[int, int], hidden: int) -> Iterator[tuple[FrozenWeights, Checkpointing]]:
+    """What is wanted and can be had here for a model of that width, fastest first.
+
+    >>> list(ways(FinetuneConfig(backend="fast", gradient_checkpointing="auto"), (8, 0), 4096))
+    [('plain', 'none'), ('plain', 'full'), ('nf4', 'none'), ('nf4', 'full')]
+    """
+    fastest: tuple[FrozenWeights, ...] = ("fp8",) if capability >= FP8_CAPABILITY and hidden >= FP8_HIDDEN else ("plain",)
+    on_gpu: tuple[FrozenWeights, ...] = (*fastest, "nf4") if capability > (0, 0) else ("plain",)
+    held = on_gpu if config.frozen_weights == "auto" else (config.frozen_weights,)
+    kept: tuple[Checkpointing, ...] = ("none", "full")
+    return product(held, kept if config.gradient_checkpointing == "auto" else (_checkpointing(config),))
+
+
+def _checkpointing(config: FinetuneConfig) -> Checkpointing:
+    return "none" if config.gradient_checkpointing == "none" else "full"
+
+
+def _estimate(shape: Shape, config: FinetuneConfig, resolved: Resolved, tokens: int) -> dict[str, float]:
+    parts = {name: value for name, value in estimate_gib(shape, config, resolved, tokens).items() if name != "total"}
+    if resolved.frozen_weights == "fp8-backward":
+        parts["weights"] = round(parts["weights"] + shape.layers * shape.layer_parameters / GIB, 4)
+    parts["activations"] = round(parts["activations"] * KEPT, 4)
+    return parts | {"total": round(sum(parts.values()), 4)}
+
+
+def _tell(chosen: Resolved) -> None:
+    estimate = chosen.estimated_gib or {}
+    room = "" if chosen.free_gib is None else f" of {chosen.free_gib:.1f} GiB free"
+    logger.info(
+        "finetune: base matrices %s, gradient checkpointing %s: the fastest that fits on %s (about %.1f GiB%s).",
+        *(chosen.frozen_weights, chosen.gradient_checkpointing, chosen.device_name, estimate.get("total", 0.0), room),
+    )
+
+
+def compute_capability(device: str) -> tuple[int, int]:
+    """The GPU's compute capability; (0, 0) on the CPU."""
+    import torch
+
+    return torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
+
+
+__all__ = ["FP8_CAPABILITY", "check_model", "choose", "compute_capability", "is_fp8", "ways"]

@@ -1,0 +1,251 @@
+"""The training loop that the backends share: TRL's SFTTrainer on pre-tokenized rows, watched, sealed and resumable.
+
+Facts behind the settings (TRL 1.14, transformers 5.17): rows carry their own labels, so TRL's preparation is skipped; packs go
+in as input_ids, labels and seq_lengths with padding_free, which resets positions at each row's start, and attention follows
+them; a resume at the last step would train one step more, so a finished training is never resumed (tasks/finetune.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from itertools import islice
+from types import FrameType
+from typing import Any
+
+from tasks.training.backend import Job, Progress
+from tasks.training.checkpoints import describe_kept, prune, seal, step_of
+from tasks.training.hardware import peak_gib, used_gib
+from tasks.training.validation import HeldOut, best_step, has_stopped_improving
+from tasks.training.watch import LOG, Verdict, Watch, read_log, rewind_log
+
+logger = logging.getLogger(__name__)
+
+
+def fit(job: Job, model: Any, tokenizer: Any, progress: Progress, settings: dict[str, Any]) -> float:
+    """Train the wrapped model with TRL; return the peak of memory in GiB.
+
+    `settings` are the arguments of SFTConfig in which the backends differ.
+
+    Raises:
+        DivergedError: naming the step and the uids of its rows.
+    """
+    return run(job, make_trainer(job, model, tokenizer, settings), progress)
+
+
+def run(job: Job, trainer: Any, progress: Progress) -> float:
+    """Let a transformers.Trainer train, watched, sealed and resumable; return the peak of memory in GiB.
+
+    Raises:
+        DivergedError: naming the step and the uids of its rows.
+    """
+    rewind_log(job.work / LOG, step_of(job.resume) if job.resume else 0)
+    watch = Watch(
+        log=job.work / LOG,
+        steps=planned_steps(trainer),
+        progress=progress,
+        verdict=Verdict(
+            max_loss=job.config.max_loss,
+            scaled=job.resolved.dtype == "float16",
+            rows_of=lambda step: rows_of_step(trainer, step),
+            kept=lambda: describe_kept(job.work),
+        ),
+        memory_gib=lambda: used_gib(job.resolved.device),
+    )
+    _attach(trainer, watch, job)
+    with _terminable(trainer):
+        trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
+    return peak_gib(job.resolved.device)
+
+
+def make_trainer(job: Job, model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
+    """The SFTTrainer; whatever it prints goes to standard error."""
+    from transformers import PrinterCallback
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]  # where Unsloth puts its own
+
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=read_rows(job),
+        args=on_one_gpu(SFTConfig(**(sft_arguments(job) | settings))),
+    )
+    trainer.remove_callback(PrinterCallback)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # TRL turns an adapter on a 4-bit base to bfloat16; it is trained in float32
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+def read_rows(job: Job) -> Any:
+    """The pre-tokenized rows, mapped into memory."""
+    from datasets import Dataset
+
+    rows: Any = Dataset.from_file(str(job.batches))
+    rows._unsloth_truncated_to = job.max_tokens  # no row is longer; lets Unsloth choose padding-free batches as for texts
+    return rows
+
+
+def sft_arguments(job: Job) -> dict[str, Any]:
+    """The configuration as arguments of SFTConfig.
+
+    Source: the document's TrainingArguments (README.md, "The recipe", item 9).
+    """
+    config, resolved = job.config, job.resolved
+    return {
+        "output_dir": str(job.work),
+        "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        "max_steps": config.max_steps or -1,
+        "num_train_epochs": config.epochs,
+        "learning_rate": config.learning_rate,
+        "warmup_steps": config.warmup_steps,
+        "lr_scheduler_type": config.schedule,
+        "optim": resolved.optimizer,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "bf16": resolved.dtype == "bfloat16",
+        "fp16": resolved.dtype == "float16",
+        "use_cpu": resolved.device == "cpu",
+        "seed": config.seed,
+        "logging_steps": config.logging_steps,
+        "save_strategy": "steps",
+        "save_steps": config.save_steps,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "dataloader_num_workers": config.num_workers,
+        "dataloader_pin_memory": resolved.device == "cuda",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def on_one_gpu(arguments: Any) -> Any:
+    """TrainingArguments for one GPU; where more are visible, a Trainer would spread each batch over all of them.
+
+    A run hides the others (flows/running/gpus.py), but only where nvidia-smi tells of them.
+    """
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def planned_steps(trainer: Any) -> int:
+    """Optimizer steps of the whole training."""
+    if trainer.args.max_steps > 0:
+        return int(trainer.args.max_steps)
+    return int(trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1])
+
+
+def rows_of_step(trainer: Any, step: int) -> Sequence[str]:
+    """The uids of the rows that a step (from 1) is made of, from the order that the seed gives."""
+    loader, accumulation = trainer.get_train_dataloader(), trainer.args.gradient_accumulation_steps
+    epoch, update = divmod(step - 1, -(-len(loader) // accumulation))
+    loader.set_epoch(epoch)
+    batches = islice(iter(loader.batch_sampler), update * accumulation, (update + 1) * accumulation)
+    indices = [index for batch in batches for index in batch]
+    return [uid for uids in trainer.train_dataset[indices]["uids"] for uid in uids]
+
+
+def _attach(trainer: Any, watch: Watch, job: Job) -> None:
+    """Let the watch see every micro-step, gradient norm and step of the trainer."""
+    from transformers import TrainerCallback
+
+    train_step, norm = trainer.training_step, trainer._get_grad_norm
+
+    def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        mask = inputs.get("attention_mask")
+        tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
+        loss = train_step(model, inputs, *args, **kwargs)
+        watch.micro_step(loss, tokens)
+        return loss
+
+    def get_grad_norm(*args: Any, **kwargs: Any) -> Any:
+        value = norm(*args, **kwargs)
+        watch.clipped(value)
+        return value
+
+    trainer.training_step, trainer._get_grad_norm = training_step, get_grad_norm
+
+    held_out = HeldOut(job.held_out, job.config, job.resolved.device) if job.held_out else None
+
+    class Watched(TrainerCallback):
+        def on_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
+            watch.stepped(float(optimizer.param_groups[0]["lr"]))
+
+        def on_step_end(self, *args: Any, **_: Any) -> None:
+            _, state, control = args
+            loss = held_out.loss(trainer.model, state.global_step) if held_out else None
+            watch.step_ended(state.global_step, loss)
+            if control.should_log or control.should_save:
+                watch.flush()
+            if loss is not None:
+                _decide(job, state.global_step, control)
+
+        def on_save(self, *args: Any, **_: Any) -> None:
+            seal(job.work / f"checkpoint-{args[1].global_step}")
+            prune(job.work, job.config.keep_checkpoints, always=best_step(read_log(job.work / LOG)))
+
+    trainer.add_callback(Watched())
+
+
+def _decide(job: Job, step: int, control: Any) -> None:
+    """Save the best step so far where the best is wanted; end a training that gets no better, with a checkpoint."""
+    records = read_log(job.work / LOG)
+    if job.config.keep == "best" and best_step(records) == step:
+        control.should_save = True
+    if has_stopped_improving(records, job.config.early_stopping):
+        logger.info("finetune ends at step %d: %d held-out losses in a row were no better.", step, job.config.early_stopping)
+        control.should_save = control.should_training_stop = True
+
+
+@contextmanager
+def _terminable(trainer: Any) -> Generator[None]:
+    """On SIGTERM end after the step at hand with a checkpoint, and only then let the signal do what it did before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    from transformers import TrainerCallback
+
+    received = threading.Event()
+
+    def note(_signal: int, _frame: FrameType | None) -> None:
+        logger.warning("SIGTERM: a checkpoint is written after the step at hand, then the training ends.")
+        received.set()
+
+    class Terminating(TrainerCallback):
+        def on_step_end(self, *args: Any, **_: Any) -> None:
+            control = args[2]
+            if received.is_set():
+                control.should_save = control.should_training_stop = True
+
+    trainer.callback_handler.callbacks.insert(0, Terminating())
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if received.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def prints_to_stderr() -> Generator[None]:
+    """Keep standard output for the one who called: some libraries greet on it."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+__all__ = [
+    "fit",
+    "make_trainer",
+    "on_one_gpu",
+    "planned_steps",
+    "prints_to_stderr",
+    "read_rows",
+    "rows_of_step",
+    "run",
+    "sft_arguments",
+]

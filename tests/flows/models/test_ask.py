@@ -1,0 +1,81 @@
+"""A saved model is asked as it was trained: with its own template, question and merged prompt; the base answers beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli.main import app
+from flows.models.ask import render_title
+from flows.models.saved import find_saved
+from flows.recipes import load_recipe
+from tasks.refs import InputError
+from tasks.training.inference.chat import Asked, load_asked
+from tests.support.tuned import save_tuned
+
+
+@pytest.fixture
+def asked(tuned: tuple[Path, Path]) -> Asked:
+    save_tuned(*tuned)
+    saved = find_saved("demo")
+    return load_asked(saved.path, saved.base(), saved.recipe.model.weights)
+
+
+def test_the_answer_comes_piece_by_piece_and_is_the_greedy_one(asked: Asked) -> None:
+    import torch
+
+    pieces: list[str] = []
+    answer = asked.answer("Chaleira", None, max_new_tokens=12, say=pieces.append)
+    chat = [{"role": "user", "content": "Chaleira"}]
+    ids = asked.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(12):
+            following = asked.model(ids).logits[:, -1].argmax(-1, keepdim=True)
+            ids = torch.cat([ids, following], dim=1)
+            if following.item() == asked.tokenizer.eos_token_id:
+                break
+    assert "".join(pieces).strip() == answer.strip() == asked.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+    assert answer.strip()
+
+
+def test_base_and_tuned_model_answer_differently(asked: Asked) -> None:
+    heard: list[str] = []
+    both = [asked.answer("Chaleira", None, max_new_tokens=8, tuned=tuned, say=heard.append) for tuned in (False, True)]
+    assert both[0] != both[1]
+
+
+def test_a_question_takes_the_place_of_the_recipes_own(asked: Asked) -> None:
+    chat = [{"role": "user", "content": "Chaleira"}]
+    own = asked.tokenizer.apply_chat_template(chat, question=None, add_generation_prompt=True, tokenize=False)
+    other = asked.tokenizer.apply_chat_template(chat, question="De que é feita?", add_generation_prompt=True, tokenize=False)
+    assert load_recipe("demo").template.questions[0] in own
+    assert "De que é feita?" in other
+
+
+def test_the_command_asks_both_and_then_stops(asked: Asked) -> None:
+    done = CliRunner().invoke(app, ["ask", "demo", "--title", "Chaleira", "--compare"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.index("base: ") < done.stdout.index("tuned: ")
+
+
+def test_without_a_title_it_asks_until_an_empty_line(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(["Chaleira", "Tray", "", "never read"])
+    heard: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt: heard.append(prompt) or next(lines))
+    assert CliRunner().invoke(app, ["ask", "demo", "--max-new-tokens", "2"]).exit_code == 0
+    assert heard == ["title> "] * 3
+
+
+def test_a_title_is_asked_as_the_recipe_renders_it() -> None:
+    recipe = load_recipe("demo", ["sharegpt.merged_prompt='Produto: {title}[[, {content}]]'"])
+    assert render_title(recipe, " Chaleira ") == "Produto: Chaleira"
+
+
+def test_an_empty_title_is_refused() -> None:
+    with pytest.raises(InputError, match="expected a product's title"):
+        render_title(load_recipe("demo"), " ")

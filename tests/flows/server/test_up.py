@@ -1,0 +1,272 @@
+"""The parts of `amazon-ft up` and of deployed runs that need no server: guards, locks, queues, names."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+from uuid import uuid4
+
+import psutil
+import pytest
+from test_doctor import H200, driver
+
+from flows.recipes import load_recipe
+from flows.reports.ui import Board, LiveTraining, Queue
+from flows.running.deployed import Unbroken
+from flows.running.gpus import Gpu
+from flows.running.naming import run_name, run_tags, short_digest
+from flows.server import up
+from flows.server.ephemeral import end
+from tasks.refs import PipelineError
+from tasks.training.backend import Report
+from tasks.training.progress import Detached
+from tests.support.checkout import PROJECT
+
+PARENT = """
+import os, subprocess, sys
+command = [sys.executable, "-m", "flows.running.supervisor", str(os.getpid()), "http.server", "0"]
+child = subprocess.Popen(command, start_new_session=True)
+print(child.pid, flush=True)
+child.wait()
+"""
+TRAINS = """
+import sys, time
+from flows.running.gpus import one_gpu
+import os
+with one_gpu("cuda"):
+    print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+    time.sleep(float(sys.argv[1]))
+"""
+
+
+def test_guarded_process_ends_with_a_parent_that_is_killed() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    with parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        child.wait(120)
+    assert not child.is_running()
+
+
+def test_process_that_will_not_end_is_killed_and_waited_for() -> None:
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(900)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as stubborn:
+        assert stubborn.stdout is not None
+        stubborn.stdout.readline()
+        end([stubborn], 0.2)
+        assert stubborn.returncode == -signal.SIGKILL
+
+
+def test_port_in_use_is_said_with_the_ways_out(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "flows.cli", "up", "--port", str(port)]
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    said = " ".join(done.stderr.split())
+    assert f"up: 127.0.0.1:{port}: Address already in use; expected a free port. Use --port" in said
+    assert "Traceback" not in said
+
+
+@contextmanager
+def training(env: dict[str, str], seconds: int) -> Iterator[tuple[subprocess.Popen[str], IO[str], IO[str]]]:
+    """A training of that length on the first free GPU, and what it says: the GPU, and whether it waits for one."""
+    command = [sys.executable, "-c", TRAINS, str(seconds)]
+    with subprocess.Popen(command, cwd=PROJECT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            yield process, process.stdout, process.stderr
+        finally:
+            process.kill()
+
+
+def trained(env: dict[str, str]) -> str:
+    """The GPU of a training from its start to its end."""
+    with training(env, 0) as (_, output, _):
+        return output.read()
+
+
+def host(folder: Path, *gpus: str) -> dict[str, str]:
+    """The environment of a host with these GPUs."""
+    env = os.environ | {"PATH": driver(folder / "bin", *gpus), "TMPDIR": str(folder)}
+    env.pop("CUDA_VISIBLE_DEVICES", None)
+    return env
+
+
+def test_two_trainings_take_two_gpus_and_a_third_what_is_free_again(tmp_path: Path) -> None:
+    env = host(tmp_path, H200, H200.replace("0, GPU-1", "1, GPU-2"))
+    with training(env, 900) as (_, output, _):
+        first = output.readline()
+        assert [trained(env), trained(env)] == ["GPU-21111111-2222-3333-4444-555555555555\n"] * 2
+    assert first == trained(env) == "GPU-11111111-2222-3333-4444-555555555555\n"
+
+
+def test_training_waits_for_a_gpu_that_another_holds(tmp_path: Path) -> None:
+    env = host(tmp_path, H200)
+    with training(env, 900) as (holder, output, _):
+        held = output.readline()
+        with training(env, 0) as (waiting, taken, said):
+            assert "another training holds GPU 0" in said.readline()
+            assert waiting.poll() is None
+            holder.kill()
+            assert taken.read() == held
+
+
+def test_stream_to_a_dead_worker_swallows_the_line() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = Unbroken(os.fdopen(writer, "w"))
+    assert stream.write("lost\n") == 5
+    stream.flush()
+    with pytest.raises(BrokenPipeError):
+        stream.close()
+
+
+class Server:
+    """Stands for Prefect's client where it is slow or fails, which a real server can't be told to do."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+        self.sent: list[Any] = []
+
+
+def test_queue_never_waits_for_the_server_nor_fails_with_it(prefect_api: str, caplog: pytest.LogCaptureFixture) -> None:
+    jobs, server = Queue(), Server()
+    jobs.put(lambda _: server.release.wait())
+    jobs.put(lambda _: 1 / 0)
+    for number in range(100):
+        jobs.put(lambda _, number=number: server.sent.append(number))
+    assert server.sent == []
+    server.release.set()
+    jobs.put(lambda _: None).wait()
+    jobs.close()
+    assert server.sent == list(range(100))
+    assert "the run goes on" in caplog.text
+
+
+def test_queue_talks_to_the_server_of_its_maker(prefect_api: str) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    jobs, found = Queue(), list[str]()
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        other = Queue()
+    for queue in (jobs, other):
+        queue.put(lambda client: found.append(str(client.api_url))).wait()
+        queue.close()
+    assert [url.rstrip("/") for url in found] == [prefect_api, "http://127.0.0.1:9/api"]
+
+
+def test_reports_that_come_while_the_server_is_away_do_not_pile_up(prefect_api: str) -> None:
+    jobs, server = Queue(), Server()
+    live = LiveTraining(Board(uuid4(), "demo", jobs))
+    listener = Detached(live)
+    jobs.put(lambda _: server.release.wait())
+    for step in range(1, 1001):
+        listener.report(Report(step, 1000, 1.0, 1.0, 1e-4, 100.0, 0.0))
+    assert jobs._jobs.qsize() <= 3  # the one that waits, where the thread has yet to begin, and a report's two
+    server.release.set()
+    listener.close()
+    jobs.close()
+    assert 1 <= len(live._points) < 1000
+
+
+def test_end_of_a_run_does_not_wait_for_ever(prefect_api: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.reports.ui.END_SECONDS", 0.2)
+    jobs, server = Queue(), Server()
+    away = jobs.put(lambda _: server.release.wait())
+    jobs.close()
+    assert jobs._thread.is_alive()
+    server.release.set()
+    away.wait()
+
+
+def test_artifact_is_made_once_and_then_updated(prefect_api: str) -> None:
+    import httpx
+
+    jobs = Queue()
+    board = Board(uuid4(), "demo", jobs)
+    for text in ("# One", "# Two"):
+        board.show("training", "steps", lambda text=text: text)
+    jobs.close()
+    rows = httpx.post(f"{prefect_api}/artifacts/filter", json={"flow_runs": None}).json()
+    mine = [row for row in rows if row["flow_run_id"] == str(board.run)]
+    assert [(row["key"], row["data"]) for row in mine] == [("demo-training", "# Two")]
+
+
+def test_run_name_tells_configurations_apart_but_not_where_they_run() -> None:
+    demo, other = load_recipe("demo"), load_recipe("demo", ["finetune.learning_rate=1e-4"])
+    assert run_name(demo) == f"demo 1,000 rows {short_digest(demo)}"
+    assert run_tags(demo) == ["amazon-ft", "demo", "1,000 rows", short_digest(demo)]
+    assert short_digest(demo) != short_digest(other)
+    assert short_digest(demo) == short_digest(load_recipe("demo", ["finetune.keep_checkpoints=1"]))
+
+
+class Recorder(up.Processes):
+    """Notes what would be started."""
+
+    def start(self, name: str, *command: str, **env: str) -> Any:
+        self.started[name] = up.Started(command, env, subprocess.Popen(["true"]))
+        self.started[name].process.wait()
+
+
+@pytest.mark.parametrize(("count", "devices"), [(0, [None]), (2, ["GPU-0", "GPU-1"])])
+def test_every_gpu_gets_a_worker_pinned_to_it_and_none_gets_one_all_the_same(count: int, devices: list[str | None]) -> None:
+    processes = Recorder({})
+    names = up._start_workers(processes, [Gpu(f"{index}", f"GPU-{index}", "H200", "580.1", 1) for index in range(count)])
+    assert names == {"cpu-0": "cpu"} | {f"cuda-{number}": "cuda" for number in range(len(devices))}
+    trains = [item for name, item in processes.started.items() if name != "cpu-0"]
+    assert [item.env.get("CUDA_VISIBLE_DEVICES") for item in trains] == devices
+    assert all(item.command[-2:] == ("--limit", "1") for item in trains)
+
+
+def test_flow_runs_find_relative_paths_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("AMAZON_FT_DATA", raising=False)
+    assert up.environment(up.Options())["AMAZON_FT_DATA"] == str(tmp_path)
+    monkeypatch.setenv("AMAZON_FT_DATA", "/srv/data")
+    assert up.environment(up.Options())["AMAZON_FT_DATA"] == "/srv/data"
+
+
+def test_browsers_elsewhere_are_told_where_the_api_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_SERVER_UI_API_URL", raising=False)
+    assert "PREFECT_SERVER_UI_API_URL" not in up.environment(up.Options())
+    told = up.environment(up.Options(host="0.0.0.0", port=4300))["PREFECT_SERVER_UI_API_URL"]
+    assert told == f"http://{socket.getfqdn()}:4300/api"
+
+
+def test_what_ends_again_and_again_is_not_started_for_ever() -> None:
+    from rich.console import Console
+
+    processes = Recorder({})
+    processes.start("cuda-0", "worker")
+    with pytest.raises(PipelineError, match="up: cuda-0: ended with exit code 0 within 10 s; expected it to stay"):
+        processes.revive(Console(file=io.StringIO()))
+
+
+def test_what_ends_later_is_started_again() -> None:
+    from rich.console import Console
+
+    processes, said = Recorder({}), io.StringIO()
+    processes.start("cuda-0", "worker", CUDA_VISIBLE_DEVICES="GPU-0")
+    first = processes.started["cuda-0"]
+    first.at -= up.STAY_SECONDS
+    processes.revive(Console(file=said))
+    assert processes.started["cuda-0"].process is not first.process
+    assert processes.started["cuda-0"].env == {"CUDA_VISIBLE_DEVICES": "GPU-0"}
+    assert "is started again" in said.getvalue()

@@ -1,0 +1,51 @@
+"""Progress tells rows, their speed and the time left, on a terminal and in the log."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+
+import pyarrow as pa
+import pytest
+
+from tasks.caching import progress
+from tasks.caching.progress import counted, metered
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The times that the clock tells, one after the other."""
+    times = list[float]()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: times.pop(0))
+    return times
+
+
+def test_log_gets_a_line_every_few_seconds(seconds: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    seconds += [100, 104, 110, 111, 120]
+    with caplog.at_level(logging.INFO, "tasks.caching.progress"), metered("ingest", "lines") as tell:
+        for rows in (4000, 10_000, 11_000, 20_000):
+            tell(rows, rows / 40_000)
+    assert caplog.messages == [
+        "ingest: 10,000 lines, 1,000 a second, 30 s left",
+        "ingest: 20,000 lines, 1,000 a second, 20 s left",
+    ]
+
+
+def test_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "120")
+    batches = [pa.record_batch({"a": [1, 2]}), pa.record_batch({"a": [3]})]
+    assert list(counted("tokenize", batches, total=3)) == batches
+    assert "tokenize" in terminal.getvalue()
+
+
+def test_file_gets_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(counted("tokenize", [pa.record_batch({"a": [1]})], total=1))
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,169 @@
+"""A stage is served from its record exactly when its key is known and its output intact, and says why when not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.caching import runs
+from tasks.caching.stage import Plan, StageReached, ending_with, is_planning, lineage, planning
+from tasks.caching.store import verifying
+from tasks.config import SampleConfig
+from tasks.refs import InputError
+from tests.support import toy
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+
+def story(text: str = "abc", rows: int = 2) -> Any:
+    return toy.count(toy.read(text, SampleConfig(rows=rows)))
+
+
+def run(text: str = "abc", rows: int = 2) -> list[dict[str, Any]]:
+    """Run the toy story as a flow; returns the entries of its record."""
+    from prefect import flow
+
+    with runs.run_record("toy", {"rows": rows}) as record:
+        flow(name="toy")(story)(text, rows)
+    return record.stages
+
+
+def plan(text: str = "abc", rows: int = 2) -> Plan:
+    with planning("toy") as found:
+        story(text, rows)
+    return found
+
+
+def states(entries: list[dict[str, Any]]) -> list[str]:
+    return [entry["state"] for entry in entries]
+
+
+def reasons(found: Plan) -> list[tuple[str, str]]:
+    return [(step.state, step.reason) for step in found.steps]
+
+
+def test_second_run_serves_every_stage_from_its_record() -> None:
+    assert states(run()) == ["completed", "completed"]
+    assert states(run()) == ["cached", "cached"]
+
+
+def test_plan_runs_nothing_and_foresees_what_a_run_does(home: Path) -> None:
+    assert reasons(plan()) == [("run", "first run"), ("unknown", "unknown until read")]
+    assert not (home / "artifacts").exists()
+    run()
+    assert reasons(plan()) == [("cached", ""), ("cached", "")]
+    assert not is_planning()
+
+
+@pytest.mark.parametrize("record", ["null", "[]", '"x"', "{}", "{"])
+def test_a_record_that_is_none_is_made_again(record: str, home: Path) -> None:
+    run()
+    for file in (home / "records").iterdir():
+        file.write_text(record)
+    assert states(run()) == ["completed", "completed"]
+
+
+def test_changed_input_is_named_with_both_values() -> None:
+    run()
+    assert reasons(plan(rows=5)) == [("run", "config.rows 2 -> 5"), ("unknown", "unknown until read")]
+    assert next(entry["reason"] for entry in run(rows=5)) == "config.rows 2 -> 5"
+
+
+def test_stage_below_stays_cached_when_the_bytes_come_out_equal() -> None:
+    run("abc")
+    assert states(run("ABC")) == ["completed", "cached"]
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate", "flip"])
+def test_damaged_output_is_made_again_and_nothing_is_served_from_it(damage: str) -> None:
+    file = toy.read.fn("abc", SampleConfig(rows=2)).data / "rows.txt"
+    run()
+    if damage == "delete":
+        file.unlink()
+    else:
+        file.write_text("ABCAB" if damage == "truncate" else "ABCABD")
+    expected = "output missing" if damage == "delete" else "output corrupt"
+    assert reasons(plan())[0] == ("run", f"{expected}: {file.relative_to(file.parents[3])}")
+    assert states(run()) == ["completed", "cached"]
+    assert file.read_text() == "ABCABC"
+
+
+def test_torn_record_is_no_hit(home: Path) -> None:
+    key = run()[0]["key"]
+    record = home / "records" / key
+    record.write_bytes(record.read_bytes()[:-20])
+    assert reasons(plan())[0] == ("run", f"record corrupt: records/{key}")
+    assert states(run()) == ["completed", "cached"]
+
+
+def test_size_verification_is_marked() -> None:
+    run()
+    file = toy.read.fn("abc", SampleConfig(rows=2)).data / "rows.txt"
+    file.write_text("ABCABD")
+    with verifying("size"):
+        entries = run()
+    assert states(entries) == ["cached", "cached"]
+    assert entries[0]["reason"] == "verified by size only"
+
+
+def test_unfinished_stage_says_so_and_from_where_it_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy.count, "fn", lambda products: (_ for _ in ()).throw(InputError("toy.count: broken")))
+    with pytest.raises(InputError):
+        run()
+    assert reasons(plan())[1] == ("run", "did not finish last time; resumable from step 3")
+
+
+def test_users_mistake_comes_through_unchanged_and_is_not_retried() -> None:
+    with pytest.raises(InputError, match=r"^toy\.read: text: got 'bad'; expected anything else\. Say something else\.$"):
+        run("bad")
+    assert [entry["state"] for entry in runs.past_runs()[0]["stages"]] == ["failed"]
+    assert runs.past_runs()[0]["finished"] is False
+
+
+def test_transient_error_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks.caching import engine
+
+    monkeypatch.setattr(engine, "RETRY_DELAYS_SECONDS", [0.0])
+    monkeypatch.delitem(toy.read.__dict__, "task", raising=False)
+    body, failures = toy.read.fn, iter([ConnectionError("storage went away")])
+
+    def flaky(text: str, config: SampleConfig) -> Any:
+        for failure in failures:
+            raise failure
+        return body(text, config)
+
+    monkeypatch.setattr(toy.read, "fn", flaky)
+    assert states(run("flaky")) == ["completed", "completed"]
+    toy.read.__dict__.pop("task")
+
+
+def test_run_ends_with_the_stage_asked_for() -> None:
+    with ending_with("read"), pytest.raises(StageReached):
+        run()
+    assert [entry["name"] for entry in runs.past_runs()[0]["stages"]] == ["read"]
+
+
+def test_lineage_tells_the_stages_so_far() -> None:
+    from prefect import flow
+
+    with runs.run_record("toy", {"rows": 2}):
+        flow(name="toy")(story)()
+        told = lineage()
+    assert [(stage.name, stage.rows) for stage in told.stages] == [("read", 2), ("count", 1)]
+    assert told.recipe == {"rows": 2}
+
+
+def test_version_of_a_stage_is_part_of_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    run()
+    monkeypatch.setattr(toy.read, "version", 2)
+    assert reasons(plan())[0] == ("run", "stage version or modules changed")
+
+
+def test_lookup_finds_what_a_run_recorded() -> None:
+    assert toy.read.lookup("abc", SampleConfig(rows=2)) is None
+    run()
+    found = toy.read.lookup("abc", SampleConfig(rows=2))
+    assert found is not None
+    assert found.data.rows == 2

@@ -1,0 +1,132 @@
+"""Sources are found where they are named, and what is no plain file is refused at once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import threading
+import zipfile
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from tasks.reading.sources import locate_source
+from tasks.refs import InputError
+
+HINT = ". Give paths, globs or URLs of .json, .jsonl, .gz, .zst or .zip files."
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    for name in ("b.json", "a.json", "deep/c.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    return tmp_path
+
+
+def located(*sources: str) -> list[str]:
+    return [Path(file.url).name for file in locate_source(sources).files]
+
+
+def refusal(*sources: str) -> str:
+    with pytest.raises(InputError) as refused:
+        locate_source(sources)
+    return str(refused.value)
+
+
+def test_files_come_in_the_order_given_and_a_globs_by_name(files: Path) -> None:
+    assert located(f"{files}/b.json", f"{files}/a.json") == ["b.json", "a.json"]
+    assert located(f"{files}/*.json") == ["a.json", "b.json"]
+    assert located(f"{files}/**/*.json") == ["a.json", "b.json", "c.json"]
+
+
+def test_each_file_comes_once(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(files)
+    assert located("b.json", f"{files}/*.json", f"file://{files}/b.json") == ["b.json", "a.json"]
+
+
+def test_files_are_known_by_their_content(files: Path) -> None:
+    [file] = locate_source((f"{files}/a.json",)).files
+    assert (file.digest, file.size_bytes) == (hashlib.sha256(b"a.json").hexdigest(), 6)
+
+
+def test_what_leads_nowhere_is_said_with_all_else(files: Path) -> None:
+    (files / "gone.json").symlink_to(files / "away.json")
+    (files / "round.json").symlink_to(files / "round.json")
+    message = refusal(f"{files}/*.json", f"{files}/{'x' * 300}.json", "~nobody-of-that-name/a.json")
+    assert f"{files}/gone.json: is a link to nothing (No such file or directory); expected a file" in message
+    assert "round.json: is a link to nothing (Too many levels of symbolic links)" in message
+    assert "File name too long" in message
+    assert "~nobody-of-that-name/a.json: " in message
+
+
+def test_name_that_looks_like_a_glob_is_a_name_first(files: Path) -> None:
+    (files / "[ab].json").write_text("brackets")
+    assert located(f"{files}/[ab].json") == ["[ab].json"]
+
+
+def test_everything_that_is_wrong_is_listed(files: Path) -> None:
+    os.mkfifo(files / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(files / "socket"))
+        message = refusal(*(f"{files}/{name}" for name in ("none.json", "*.gz", "pipe", "deep", "a.json", "socket")), "/dev/zero")
+    assert message == (
+        f"ingest.sources: {files}/none.json: not found; {files}/*.gz: not found; {files}/pipe: is a named pipe; expected a file; "
+        f"{files}/deep: is a directory; expected a file; {files}/socket: is a socket; expected a file; "
+        f"/dev/zero: is a device; expected a file{HINT}"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_unreadable_file_is_named(files: Path) -> None:
+    (files / "a.json").chmod(0)
+    assert refusal(f"{files}/a.json") == (
+        f"ingest.sources: {files}/a.json: Permission denied; expected a readable file. Check its permissions."
+    )
+
+
+@pytest.fixture
+def served(files: Path) -> Iterator[str]:
+    """URL of a web server for the files."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=files)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_url_is_fetched_once(files: Path, served: str, home: Path) -> None:
+    first = locate_source((f"{served}/a.json",))
+    (files / "a.json").unlink()
+    assert locate_source((f"{served}/a.json",)) == first
+    assert Path(first.files[0].url).read_text() == "a.json"
+    assert len(list((home / "downloads").iterdir())) == 1
+
+
+def test_url_of_nothing_is_named_and_leaves_nothing(served: str, home: Path) -> None:
+    message = refusal(f"{served}/none.json", "memory://nothing", "nosuch://a.json", f"{served}/also-none.json")
+    assert f"ingest.sources: {served}/none.json: " in message
+    assert "; memory://nothing: " in message
+    assert "; nosuch://a.json: Protocol not known: nosuch; " in message
+    assert f"{served}/also-none.json: " in message
+    assert not list((home / "downloads").glob("*"))
+
+
+def test_fsspec_urls_may_be_chained_and_hold_globs(files: Path) -> None:
+    with zipfile.ZipFile(files / "all.zip", "w") as archive:
+        archive.writestr("one.json", "1")
+        archive.writestr("two.json", "2")
+    assert located(f"zip://*.json::file://{files}/all.zip") == ["one.json", "two.json"]
+    fsspec.filesystem("memory").pipe("/shards/x.json", b"x")
+    assert located("memory://shards/*.json") == ["x.json"]
