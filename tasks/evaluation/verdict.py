@@ -53,7 +53,7 @@ def judge(new: Candidate, before: Candidate | None, config: PromoteConfig) -> Ve
         if unlike:
             merits.append(unlike)
         else:
-            better, reason = _compare(f"{before.name}, promoted before,", _against(new, before), config.margin)
+            better, reason = _compare(f"{before.name} (promoted before)", _against(new, before), config.margin)
             (merits if better else faults).append(reason)
             against.append(before.name)
     if not config.enabled:

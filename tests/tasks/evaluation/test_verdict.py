@@ -75,14 +75,20 @@ def test_a_gain_below_the_margin_is_too_small() -> None:
 
 
 def test_it_must_beat_the_model_promoted_before_too() -> None:
-    worse, better = (judge(candidate(shifted(by)), OLD, PromoteConfig()) for by in (-0.9, -1.2))
-    assert (worse.promoted, better.promoted) == (False, True)
-    assert worse.against == better.against == ("base", "saved-model/old")
+    worse, little, better = (judge(candidate(shifted(by)), OLD, PromoteConfig()) for by in (-0.9, -1.02, -1.2))
+    assert (worse.promoted, little.promoted, better.promoted) == (False, False, True)
+    assert worse.against == little.against == better.against == ("base", "saved-model/old")
     assert worse.reasons == (
-        "not better than saved-model/old, promoted before, for certain: +0.1000 nats per token (95 % interval +0.1000 to "
+        "not better than saved-model/old (promoted before) for certain: +0.1000 nats per token (95 % interval +0.1000 to "
         "+0.1000); expected the interval below zero",
     )
-    assert "better than saved-model/old, promoted before,: -0.2000" in better.reasons[1]
+    assert little.reasons == (
+        "better than saved-model/old (promoted before) by less than the margin: -0.0200 nats per token (95 % interval -0.0200 "
+        "to -0.0200); expected -0.05 or less",
+    )
+    assert better.reasons[1] == (
+        "better than saved-model/old (promoted before): -0.2000 nats per token (95 % interval -0.2000 to -0.2000)"
+    )
 
 
 @pytest.mark.parametrize("change", ["tokenizer", "rows", "tokens"])
