@@ -56,12 +56,15 @@ def worker(
 def deploy(
     pools: Annotated[PoolType, typer.Option(help="Where runs live.")] = PoolType.PROCESS,
     gpus: Annotated[int, typer.Option(min=1, help="How many trainings pool cuda runs at a time.")] = 1,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite-templates", help="Put our job templates in the place of edited ones.")
+    ] = False,
 ) -> None:
     """Register work pools, deployments and the crash automation with the server at PREFECT_API_URL."""
     from flows.server.deploy import server_url, set_up
 
     url = server_url()
-    set_up(pools, gpus)
+    set_up(pools, gpus, overwrite=overwrite)
     err.print(f"registered at {url}: work pools cpu and cuda, every deployment of deployments/prefect.yaml", highlight=False)
 
 

@@ -7,6 +7,7 @@ underscore at the top are the steps of deployments/prefect.yaml.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import httpx
 import yaml
 
 from flows.recipes import SHIPPED, load_recipe, shipped_names
+from tasks.caching.files import text_digest
 from tasks.refs import ConfigError, PipelineError
 
 if TYPE_CHECKING:
@@ -27,10 +29,14 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import DeploymentSchedule
 
+logger = logging.getLogger(__name__)
+
 DEPLOYMENTS = SHIPPED.parent
 PREFECT_FILE = DEPLOYMENTS / "prefect.yaml"
 TRAINING = "amazon-ft-train/cuda"
 CPU_POOL, CUDA_POOL = "cpu", "cuda"
+SEAL = "$comment"
+"""Where the variables of a job template, a JSON Schema, hold the digest of what we wrote; who reads the schema passes it over."""
 
 
 class PoolType(StrEnum):
@@ -68,27 +74,28 @@ def server_url() -> str:
     return url
 
 
-def set_up(pools: PoolType, trainings: int) -> None:
+def set_up(pools: PoolType, trainings: int, *, overwrite: bool = False) -> None:
     """Create or bring up to date both work pools, the automation and the deployments of the server at PREFECT_API_URL.
 
     Args:
         pools: the type of both pools.
         trainings: how many GPUs there are; as many runs of pool `cuda` go on at a time.
+        overwrite: whether job templates that were edited on the server give way to ours.
 
     Raises:
         PipelineError: when the server refuses, with what it said.
     """
-    set_up_pools(pools, trainings)
+    set_up_pools(pools, trainings, overwrite=overwrite)
     register()
 
 
-def set_up_pools(pools: PoolType, trainings: int) -> None:
+def set_up_pools(pools: PoolType, trainings: int, *, overwrite: bool = False) -> None:
     """The part of `set_up` that workers need."""
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        _set_up_pool(client, CPU_POOL, pools, None)
-        _set_up_pool(client, CUDA_POOL, pools, trainings)
+        for name, limit in ((CPU_POOL, None), (CUDA_POOL, trainings)):
+            _set_up_pool(client, name, pools, limit, overwrite=overwrite)
         _set_up_automations(client)
 
 
@@ -150,22 +157,39 @@ def online_workers(pool: str) -> list[str]:
             return []
 
 
-def _set_up_pool(client: SyncPrefectClient, name: str, pools: PoolType, limit: int | None) -> None:
+def _set_up_pool(client: SyncPrefectClient, name: str, pools: PoolType, limit: int | None, *, overwrite: bool) -> None:
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
     from prefect.exceptions import ObjectNotFound
 
-    template = json.loads(template_of(pools, name).read_text())
+    template = _sealed(json.loads(template_of(pools, name).read_text()))
     try:
-        there = client.read_work_pool(name).type
+        there = client.read_work_pool(name)
     except ObjectNotFound:
         client.create_work_pool(WorkPoolCreate(name=name, type=pools.value, base_job_template=template, concurrency_limit=limit))
         return
-    if there != pools.value:
+    if there.type != pools.value:
         raise ConfigError(
-            f"work pool {name}: got one of type {there}; expected {pools}. Delete it (prefect work-pool delete {name}) or "
-            f"say --pools {there}."
+            f"work pool {name}: got one of type {there.type}; expected {pools}. Delete it (prefect work-pool delete {name}) or "
+            f"say --pools {there.type}."
         )
-    client.update_work_pool(name, WorkPoolUpdate(base_job_template=template, concurrency_limit=limit))
+    client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=limit))
+    if overwrite or _sealed(there.base_job_template) in (there.base_job_template, template):
+        client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
+        return
+    logger.warning(
+        f"work pool {name}: its job template was edited on the server and is kept. For ours in its place: amazon-ft deploy "
+        f"--pools {pools} --overwrite-templates, or delete the pool (prefect work-pool delete {name}) and deploy again."
+    )
+
+
+def _sealed(template: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the digest of what it says; equal to itself unless it was edited since we wrote it.
+
+    0.1.0 wrote none: its templates are ours where they say what the shipped ones do.
+    """
+    variables = {name: value for name, value in template.get("variables", {}).items() if name != SEAL}
+    digest = text_digest(json.dumps({**template, "variables": variables}, sort_keys=True))
+    return {**template, "variables": {**variables, SEAL: f"amazon-ft {digest}"}}
 
 
 def _set_up_automations(client: SyncPrefectClient) -> None:

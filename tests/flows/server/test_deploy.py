@@ -1,0 +1,157 @@
+"""Registering anew leaves what was edited on the server, and brings the rest up to date; against a real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from flows.server import deploy
+from tests.support.checkout import PROJECT
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+POOLS = (deploy.CPU_POOL, deploy.CUDA_POOL)
+SHIPPED = json.loads((PROJECT / "deployments" / "pools" / "process.json").read_text())
+
+
+@pytest.fixture
+def client(prefect_api: str) -> Iterator[SyncPrefectClient]:
+    """Of a server without work pools, before and after."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        remove_pools(client)
+        yield client
+        remove_pools(client)
+
+
+def remove_pools(client: SyncPrefectClient) -> None:
+    for pool in client.read_work_pools():
+        client.delete_work_pool(pool.name)
+
+
+def template_on(url: str, pool: str = deploy.CPU_POOL) -> dict[str, Any]:
+    """As the UI reads it."""
+    return httpx.get(f"{url}/work_pools/{pool}").raise_for_status().json()["base_job_template"]
+
+
+def variables_on(url: str, pool: str = deploy.CPU_POOL) -> dict[str, Any]:
+    return template_on(url, pool)["variables"]["properties"]
+
+
+def put_template(url: str, template: dict[str, Any], pool: str = deploy.CPU_POOL) -> None:
+    """As the UI writes it."""
+    httpx.patch(f"{url}/work_pools/{pool}", json={"base_job_template": template}).raise_for_status()
+
+
+def edit(url: str) -> dict[str, Any]:
+    """Give the runs of pool cpu another environment, as the UI's form of defaults does; what the server then has."""
+    template = template_on(url)
+    template["variables"]["properties"]["env"]["default"]["AMAZON_FT_DATA"] = "/mine"
+    put_template(url, template)
+    return template
+
+
+def ship_another(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this version ship job templates that say something else of the working directory."""
+    shutil.copytree(PROJECT / "deployments", path)
+    file = path / "pools" / "process.json"
+    file.write_text(file.read_text().replace("Where the process starts", "Where a new version starts"))
+    monkeypatch.setattr(deploy, "DEPLOYMENTS", path)
+
+
+@pytest.mark.parametrize("before", ["ours", "of 0.1.0"])
+def test_an_edited_template_is_kept_and_how_to_take_ours_is_said(
+    client: SyncPrefectClient, prefect_api: str, caplog: pytest.LogCaptureFixture, before: str
+) -> None:
+    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    if before == "of 0.1.0":
+        put_template(prefect_api, SHIPPED)
+    edited = edit(prefect_api)
+    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    assert template_on(prefect_api) == edited
+    assert [record.getMessage() for record in caplog.records if record.name == "flows.server.deploy"] == [
+        "work pool cpu: its job template was edited on the server and is kept. For ours in its place: amazon-ft deploy --pools "
+        "process --overwrite-templates, or delete the pool (prefect work-pool delete cpu) and deploy again."
+    ]
+
+
+def test_a_template_that_nobody_edited_follows_a_new_version(
+    client: SyncPrefectClient, prefect_api: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    ship_another(tmp_path / "next", monkeypatch)
+    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    assert all("a new version" in variables_on(prefect_api, pool)["working_dir"]["description"] for pool in POOLS)
+    assert not caplog.records
+
+
+def test_a_template_of_0_1_0_is_ours_as_long_as_it_is_the_shipped_one(
+    client: SyncPrefectClient, prefect_api: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.client.schemas.actions import WorkPoolCreate
+
+    client.create_work_pool(WorkPoolCreate(name="cpu", type="process", base_job_template=SHIPPED))
+    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    ship_another(tmp_path / "next", monkeypatch)
+    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    assert "a new version" in variables_on(prefect_api)["working_dir"]["description"]
+
+
+def test_an_edit_is_still_one_when_a_new_version_comes(
+    client: SyncPrefectClient, prefect_api: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    edited = edit(prefect_api)
+    ship_another(tmp_path / "next", monkeypatch)
+    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    assert template_on(prefect_api) == edited
+
+
+def test_the_number_of_trainings_is_brought_up_to_date_beside_an_edited_template(
+    client: SyncPrefectClient, prefect_api: str
+) -> None:
+    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    put_template(prefect_api, edited := template_on(prefect_api, "cuda") | {"mine": True}, "cuda")
+    deploy.set_up_pools(deploy.PoolType.PROCESS, 3)
+    assert client.read_work_pool("cuda").concurrency_limit == 3
+    assert template_on(prefect_api, "cuda") == edited
+
+
+def test_what_we_write_is_the_shipped_template_and_its_digest(client: SyncPrefectClient, prefect_api: str) -> None:
+    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    written = template_on(prefect_api)
+    assert written["variables"].pop("$comment").startswith("amazon-ft ")
+    assert written == SHIPPED
+
+
+def test_the_command_keeps_an_edited_template_unless_it_is_told_to_overwrite(client: SyncPrefectClient, prefect_api: str) -> None:
+    def command(*options: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.cli", "deploy", *options],
+            env=os.environ | {"PREFECT_API_URL": prefect_api},
+            cwd=PROJECT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    edited = edit(prefect_api)
+    assert "work pool cpu: its job template was edited on the server and is kept." in command()
+    assert template_on(prefect_api) == edited
+    assert "is kept" not in command("--overwrite-templates")
+    assert template_on(prefect_api) != edited
+    assert "AMAZON_FT_DATA" not in variables_on(prefect_api)["env"]["default"]
