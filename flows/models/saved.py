@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,21 +76,29 @@ def _base(saved: Saved) -> Model:
         from tasks.model import hub_model, with_weights
 
         return with_weights(hub_model(*digest.removeprefix("hub:").split("@")))
-    for path in _places(saved):
-        if path.is_dir() and (model := directory_model(path.resolve(), name=name)).digest == digest:
-            return model
+    places = list(dict.fromkeys(_places(saved)))
+    for path in places:
+        with suppress(InputError):  # another directory of that name, and no model
+            if path.is_dir() and (model := directory_model(path.resolve(), name=name)).digest == digest:
+                return model
     raise InputError(
         f"model {saved.path}: its base model {name} is not here: got no directory with digest {digest[:16]}... "
-        f"at {' or '.join(map(str, _places(saved)))}; expected the one that it was trained on. "
+        f"at {' or '.join(map(str, places))}; expected the one that it was trained on. "
         "Fetch it with amazon-ft run RECIPE, or set AMAZON_FT_HOME to the root where the model was made."
     )
 
 
-def _places(saved: Saved) -> list[Path]:
-    """Where a base model of no Hub may lie: fetched by a stage, or the directory that the recipe names."""
-    fetched = [record["digest"] for record in saved.lineage["stages"] if record["name"] == "fetch_model"]
-    roots = [home() / "artifacts", saved.path.parents[1]]
-    return [*(root / "model" / digest[:32] for digest in fetched for root in roots), Path(saved.recipe.model.id).expanduser()]
+def _places(saved: Saved) -> Iterator[Path]:
+    """Where a base model of no Hub may lie: fetched by a stage, where the training found it, or what the recipe names here."""
+    stages = {record["name"]: record for record in saved.lineage["stages"]}
+    for root in (home(), saved.path.parent.parent.parent):
+        if "fetch_model" in stages:
+            yield root / "artifacts" / "model" / stages["fetch_model"]["digest"][:32]
+        if "finetune" in stages:
+            for file in (root / "work" / stages["finetune"]["key"][:32]).glob(f"checkpoint-*/{ADAPTER}"):
+                with suppress(InputError):  # a checkpoint that was cut off
+                    yield Path(read_json(file)["base_model_name_or_path"])  # PEFT notes what it was given, an absolute path
+    yield Path(saved.recipe.model.id).expanduser().absolute()
 
 
 __all__ = ["ADAPTER", "Saved", "find_saved"]
