@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from flows.running.bars import hide_bars
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -17,7 +18,4 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE
 AsJson = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show stack traces, and of a run Prefect's own log.")]
 
-
-def hide_bars() -> None:
-    """Keep the libraries' progress bars out of what is printed; before they are imported."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+__all__ = ["FAILED", "INTERRUPTED", "WRONG_INPUT", "AsJson", "Debug", "Overrides", "RecipeName", "err", "hide_bars"]

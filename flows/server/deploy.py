@@ -19,6 +19,7 @@ import httpx
 import yaml
 
 from flows.recipes import SHIPPED, load_recipe, shipped_names
+from flows.running.bars import hide_bars
 from tasks.caching.files import text_digest
 from tasks.refs import ConfigError, PipelineError
 
@@ -53,7 +54,11 @@ def read_recipes() -> dict[str, Any]:
 
 
 def enter_data_directory() -> dict[str, str]:
-    """Pull step: where relative paths of a recipe begin, AMAZON_FT_DATA, else where the worker was started."""
+    """Pull step: where relative paths of a recipe begin, AMAZON_FT_DATA, else where the worker was started.
+
+    It is the first of ours in a flow run's process, so progress bars are hidden here: what a flow run prints is a log.
+    """
+    hide_bars()
     return {"directory": os.environ.get("AMAZON_FT_DATA") or os.environ.get("PWD") or str(Path.cwd())}
 
 
