@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from typing import cast
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 
 from flows.pipeline import pipeline
-from flows.recipes import build_recipe, check_until
+from flows.recipes import check_until, override
 from flows.reports.page import write_report
-from flows.reports.trackers import check_tracking, track
-from flows.reports.ui import show_model, show_report, show_verdict, shown
+from flows.reports.subscribers import subscribers
 from flows.running.child import ChildError
+from flows.running.cluster import task_runner
 from flows.running.deployed import supervised
-from flows.running.naming import name_run
+from flows.running.dispatch import dispatch
+from flows.running.naming import recipe_name
 from flows.running.promotion import promote
-from flows.running.shards import task_runner
-from tasks.caching import runs
-from tasks.caching.stage import StageReached, ending_with
+from flows.train import amazon_ft_train
+from tasks.caching.context import open_run, tell
+from tasks.caching.engine import PrefectEngine
+from tasks.caching.events import ModelSaved
+from tasks.caching.stage import StageReached
 from tasks.config import Recipe
 from tasks.refs import SavedModel
 from tasks.save import publish_link
 
 
-@flow(name="amazon-ft", flow_run_name=name_run, task_runner=task_runner())
+@flow(name="amazon-ft", flow_run_name=recipe_name, task_runner=task_runner())
 def amazon_ft(config: Recipe, overrides: tuple[str, ...] = (), until: str | None = None) -> SavedModel | None:
     """From a product file to a fine-tuned model.
 
@@ -34,18 +38,16 @@ def amazon_ft(config: Recipe, overrides: tuple[str, ...] = (), until: str | None
         overrides: single values to change, such as `finetune.learning_rate=1e-4`.
         until: the stage to end with; None for all.
     """
-    recipe = build_recipe(config.model_dump(mode="json"), overrides)
-    check_tracking(recipe.tracking)
+    recipe = override(config, overrides)
     check_until(until, recipe)
-    record = runs.run_record(recipe.name, recipe.model_dump(mode="json"), until=until)
+    settings, observers = recipe.model_dump(mode="json"), subscribers(recipe)
+    record = open_run(recipe.name, settings, until=until, engine=PrefectEngine(), observers=observers)
     try:
-        with supervised(), record, ending_with(until), shown(recipe), suppress(StageReached):
-            saved = pipeline(recipe)
-            show_model(publish_link(saved, recipe.name))
-            show_verdict(promote(saved, recipe))
-            page = write_report(recipe, saved)
-            show_report(page)
-            track(recipe, saved, page)
+        with supervised(), record as run, suppress(StageReached):
+            saved = pipeline(recipe, partial(dispatch, train_here=amazon_ft_train))
+            link = publish_link(saved, recipe.name)
+            promote(saved, recipe)
+            tell(ModelSaved(run, saved, link, write_report(recipe, saved)))
             return saved
     except ChildError as end:
         state = State(type=end.state.type, name=end.state.name, message=str(end))

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from flows.running.dispatch import tune
-from flows.running.shards import read_products
-from tasks.caching.stage import Plan, lineage, planning
-from tasks.caching.store import verifying
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from tasks.baseline import baseline
+from tasks.caching.context import planning, within
+from tasks.caching.plans import Plan, Unknown
+from tasks.caching.stage import lineage
 from tasks.catalogue import catalogue
-from tasks.config import Recipe
-from tasks.ingest import locate_source
+from tasks.config import IngestConfig, Recipe
+from tasks.evaluate import evaluate
+from tasks.finetune import finetune
+from tasks.ingest import ingest, locate_source
+from tasks.join import join
 from tasks.model import base_model
 from tasks.pack import pack
-from tasks.refs import Prepared, SavedModel
+from tasks.refs import Adapter, Evaluation, HeldOut, Prepared, Products, SavedModel, Shards, Source
 from tasks.sample import sample
 from tasks.save import save
 from tasks.sharegpt import sharegpt
 from tasks.template import template
 from tasks.tokenize import tokenize
 
+Tuned = tuple[Adapter, Evaluation]
 
-def pipeline(recipe: Recipe) -> SavedModel:
-    """All stages of a recipe; each call runs, is served from its record, or is only planned (tasks/caching/stage.py)."""
-    with verifying(recipe.cache.verify):
+
+def tune(recipe: Recipe, prepared: Prepared) -> Tuned:
+    """The stages that need the device; Unsloth must be imported before what it patches, so the training comes first."""
+    model, held_out, weights, device = prepared.model, prepared.held_out, recipe.model.weights, recipe.device
+    watched = held_out.tokens if recipe.finetune.eval_steps else None
+    adapter = finetune(model, prepared.batches, recipe.finetune, weights, recipe.tokenize.max_tokens, device, watched)
+    base = baseline(model, held_out, recipe.evaluate, weights, device)
+    return adapter, evaluate(model, adapter, base, held_out, recipe.evaluate, weights, recipe.sharegpt.merged_prompt, device)
+
+
+def pipeline(recipe: Recipe, tune_there: Callable[[Recipe, Prepared], Tuned] = tune) -> SavedModel:
+    """All stages of a recipe; each call runs, is served from its record, or is only planned (tasks/caching/stage.py).
+
+    `tune_there` is `tune` on whatever machine has the device.
+    """
+    with within(verify=recipe.cache.verify):
         source = catalogue(recipe.catalogue) if recipe.catalogue else locate_source(recipe.ingest.sources)
         model = base_model(recipe.model)
         products = read_products(source, recipe.ingest)
@@ -30,15 +51,46 @@ def pipeline(recipe: Recipe) -> SavedModel:
         texts = template(conversations, model.tokenizer.special, recipe.template)
         tokens = tokenize(texts, model.tokenizer, recipe.tokenize)
         batches = pack(tokens.train, recipe.pack) if recipe.pack else tokens.train
-        prepared = Prepared.model_construct(  # unchecked: while planning, what is still to be made is Unknown
-            model=model, batches=batches, tokens=tokens.evaluation, texts=texts.evaluation, template=texts.template
+        # unchecked: while planning, what is still to be made is Unknown
+        held_out = HeldOut.model_construct(
+            tokens=tokens.evaluation, texts=texts.evaluation, template=texts.template, tokenizer=model.tokenizer
         )
-        adapter, evaluation = tune(recipe, prepared)
+        prepared = Prepared.model_construct(model=model, batches=batches, held_out=held_out)
+        adapter, evaluation = tune_there(recipe, prepared)
         return save(adapter, evaluation, texts.template, model, model.tokenizer, recipe.save, lineage())
 
 
-def plan(recipe: Recipe) -> Plan:
-    """What a run of the recipe would do, and why; nothing is run."""
+def plan_run(recipe: Recipe) -> Plan:
+    """The steps of a run of the recipe, and why; nothing is run."""
     with planning(recipe.name) as found:
         pipeline(recipe)
     return found
+
+
+def read_products(source: Source, config: IngestConfig) -> Products:
+    """The products of all files: to the byte those of reading them as one.
+
+    Of four files, adding a fifth runs one `ingest`, and `join`. On a cluster (a Dask or Ray task runner) all files are read
+    at once.
+    """
+    if isinstance(source, Unknown) or len(source.files) == 1:  # pyright: ignore[reportUnnecessaryIsInstance]  # while planning
+        return ingest(source, config)
+    files = [Source(files=(file,), is_shard=True, artifact=source.artifact) for file in source.files]
+    parts = ingest.each(*((file, config) for file in files))
+    unknown = next((part for part in cast("list[object]", parts) if isinstance(part, Unknown)), None)
+    products = join(cast("Shards", unknown) if unknown else gather_shards(parts), config)
+    ingest.reached()
+    return products
+
+
+def gather_shards(parts: Sequence[Products]) -> Shards:
+    """Parts as one value, with the sums of their counts."""
+    return Shards(
+        data=tuple(part.data for part in parts),
+        rejects=tuple(part.rejects for part in parts if part.rejects),
+        lines=sum(part.lines for part in parts),
+        dropped=dict(sum((Counter(part.dropped) for part in parts), Counter[str]())),
+    )
+
+
+__all__ = ["Tuned", "gather_shards", "pipeline", "plan_run", "read_products", "tune"]

@@ -74,6 +74,16 @@ def build_recipe(settings: dict[str, Any], overrides: Iterable[str] = (), *, whe
         raise ConfigError("\n".join([f"{where}: {len(lines)} problem{'s' * (len(lines) > 1)}:", *lines])) from error
 
 
+def override(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    """The recipe with single values changed; itself where there are none.
+
+    Raises:
+        ConfigError: as load_recipe.
+    """
+    changes = tuple(overrides)
+    return build_recipe(recipe.model_dump(mode="json"), changes) if changes else recipe
+
+
 def _read(name_or_file: str) -> dict[str, Any]:
     path = Path(name_or_file)
     if path.suffix not in (".yaml", ".yml"):

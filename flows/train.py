@@ -6,29 +6,33 @@ from contextlib import suppress
 
 from prefect import flow
 
-from flows.reports.ui import shown
+from flows.pipeline import Tuned, tune
+from flows.reports.subscribers import subscribers
 from flows.running.deployed import supervised
-from flows.running.dispatch import finetune_and_evaluate
 from flows.running.gpus import one_gpu
-from flows.running.naming import name_run
-from tasks.caching import runs
-from tasks.caching.stage import StageReached, ending_with, last_stage
+from flows.running.naming import recipe_name
+from tasks.caching.context import open_run
+from tasks.caching.engine import PrefectEngine
+from tasks.caching.stage import StageReached
 from tasks.config import Recipe
 from tasks.model import with_weights
-from tasks.refs import Adapter, Evaluation, Prepared
+from tasks.refs import Prepared
 
 
-@flow(name="amazon-ft-train", flow_run_name=name_run)
-def amazon_ft_train(recipe: Recipe, prepared: Prepared, until: str | None = None) -> tuple[Adapter, Evaluation] | None:
+@flow(name="amazon-ft-train", flow_run_name=recipe_name)
+def amazon_ft_train(recipe: Recipe, prepared: Prepared, until: str | None = None, run: str | None = None) -> Tuned | None:
     """Fine-tune the model and evaluate it; None when the run was to end earlier.
 
     Args:
         recipe: the parent's.
         prepared: what the stages before made.
         until: the stage to end with; None for all.
+        run: the parent's run record, by its id; None in the parent's process.
     """
-    record = runs.run_record(recipe.name, recipe.model_dump(mode="json"), until=until, child=True)
-    with supervised(), record, ending_with(until or last_stage()), shown(recipe), one_gpu(recipe.device), suppress(StageReached):
-        here = prepared.model_copy(update={"model": with_weights(prepared.model)})
-        return finetune_and_evaluate(recipe, here)
+    observers = subscribers(recipe, run)
+    record = open_run(
+        recipe.name, recipe.model_dump(mode="json"), until=until, child=True, engine=PrefectEngine(), observers=observers
+    )
+    with supervised(), record, one_gpu(recipe.device), suppress(StageReached):
+        return tune(recipe, prepared.model_copy(update={"model": with_weights(prepared.model)}))
     return None

@@ -65,12 +65,12 @@ SENTENCES = (
     "The {line} line is {brand}'s. A {kind} in {finish} {material}, {size} cm wide.",
     "{line} stands for {brand}'s work: a {kind} of {finish} {material}, {size} cm across.",
 )
-"""What an answer looks like; each kind of product keeps to one."""
+"""Forms of an answer; each kind of product keeps to one."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What can be known of a product from its title."""
+    """All that can be known of a product from its title."""
 
     brand: str
     material: str

@@ -105,7 +105,7 @@ class ModelConfig(WeightsConfig):
 
     @property
     def weights(self) -> WeightsConfig:
-        """What finetune and evaluate count of this section: the model itself counts by content."""
+        """The fields that finetune and evaluate count of this section: the model itself counts by content."""
         return WeightsConfig(load_in_4bit=self.load_in_4bit, dtype=self.dtype)
 
 
@@ -162,7 +162,7 @@ class TemplateConfig(Section):
     chat_template: NonEmpty = CHAT_TEMPLATE
     """Text with {INPUT} and {OUTPUT}, optionally {SYSTEM} and {question}."""
     system: str | None = None
-    """What {SYSTEM} is filled with."""
+    """The text in the place of {SYSTEM}."""
     questions: tuple[NonEmpty, ...] = QUESTIONS
     seed: Seed = 3407
     """Draws a question for each product."""
@@ -180,7 +180,7 @@ class TokenizeConfig(Section):
     """For a row longer than max_tokens. `truncate` shortens the last answer that fits and ends it with EOS; `cut` takes the
     first max_tokens ids and so loses the EOS, as the document does."""
     special_tokens_in_products: Literal["text", "control"] = "text"
-    """What `<|end_of_text|>` in a product's text becomes: the characters it is written with, or the control token itself, as
+    """The meaning of `<|end_of_text|>` in a product's text: the characters it is written with, or the control token itself, as
     the document's tokenizer makes it."""
     max_affected_share: Share = 0.1
     """Fail when more than this share of rows is dropped, cut or left without a label."""
@@ -297,10 +297,13 @@ class PromoteConfig(Section):
     the 95 % interval of the difference must be below zero too."""
 
 
+Verify = Literal["full", "size"]
+
+
 class CacheConfig(Section):
     """How a cached result is checked before it is served."""
 
-    verify: Literal["full", "size"] = aside("full")
+    verify: Verify = aside("full")
     """`full`: the bytes match their digest; `size`: the files are there with their sizes (marked in the report)."""
 
 
@@ -310,7 +313,7 @@ class TrackingConfig(Section):
     report_to: Literal["none", "mlflow", "tensorboard", "trackio", "wandb"] = aside("none")
     """Each but `none` needs its library: the extra of that name."""
     project: NonEmpty = aside("amazon-ft")
-    """What the runs are listed under: mlflow's experiment, the project of trackio and wandb."""
+    """The name that runs are listed under: mlflow's experiment, the project of trackio and wandb."""
     uri: Address | None = aside(None)
     """mlflow: its tracking URI; tensorboard: a directory. Null for a place under AMAZON_FT_HOME/tracking."""
 

@@ -18,9 +18,9 @@ from typing import Any
 from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.config import EvaluateConfig, WeightsConfig
-from tasks.evaluation.answers import NOTHING, SAID, Asked, Prompt, Said, ask, read_asked
+from tasks.evaluation.answers import NOTHING, SAID, Prompt, Questions, Said, collect_answers, read_questions
 from tasks.evaluation.metrics import length_buckets, likelihood, text_scores
-from tasks.refs import Adapter, Artifact, Baseline, Evaluation, InputError, Model, Tokenizer
+from tasks.refs import Adapter, Artifact, Baseline, Evaluation, HeldOut, InputError, Model
 
 logger = logging.getLogger(__name__)
 
@@ -36,22 +36,22 @@ def title_of(asked: str, merged_prompt: str) -> str:
     return asked.removeprefix(before).removesuffix(after).strip() if plain else asked
 
 
-def measure(asked: Asked, base: Said, tuned: Said, merged_prompt: str) -> dict[str, Any]:
+def compute_metrics(questions: Questions, base: Said, tuned: Said, merged_prompt: str) -> dict[str, Any]:
     """metrics.json: means over all rows with their intervals, scores of the texts, and each row's likelihood."""
-    both, tokens = {"base": base, "tuned": tuned}, asked.tokens
+    both, tokens = {"base": base, "tuned": tuned}, questions.tokens
     likely = likelihood(tokens, base.nll, tuned.nll)
-    references = [prompt.reference for prompt in asked.prompts]
-    titles = [title_of(prompt.asked, merged_prompt) for prompt in asked.prompts]
+    references = [prompt.reference for prompt in questions.prompts]
+    titles = [title_of(prompt.asked, merged_prompt) for prompt in questions.prompts]
     scores = {name: text_scores(said.texts, references, titles, said.ended) for name, said in both.items()}
     return {
-        "rows": len(asked.uids),
+        "rows": len(questions.uids),
         "tokens": sum(tokens),
         **{name: likely[name] | scores[name] for name in both},
         "difference": likely["difference"],
         "buckets": length_buckets(tokens, base.nll, tuned.nll),
         "per_row": [
             {"uids": list(row), "tokens": count, "base_nll": one, "tuned_nll": other}
-            for row, count, one, other in zip(asked.uids, tokens, base.nll, tuned.nll, strict=True)
+            for row, count, one, other in zip(questions.uids, tokens, base.nll, tuned.nll, strict=True)
         ],
     }
 
@@ -72,7 +72,7 @@ def side_by_side(prompts: Sequence[Prompt], base: Said, tuned: Said) -> list[dic
     ]
 
 
-def check_adapter(adapter: Path, model: Model) -> None:
+def check_adapter_fits(adapter: Path, model: Model) -> None:
     """Refuse an adapter that was made for another base model.
 
     Raises:
@@ -80,7 +80,7 @@ def check_adapter(adapter: Path, model: Model) -> None:
     """
     from safetensors import safe_open
 
-    from tasks.training.memory import read_shape
+    from tasks.training.model_shape import read_shape
 
     shape = read_shape(Path(model.path))
     with safe_open(adapter / "adapter_model.safetensors", framework="np") as file:
@@ -114,25 +114,21 @@ def _skip() -> Evaluation:
 @stage(version=1)
 def evaluate(
     model: Model,
-    tokenizer: Tokenizer,
     adapter: Adapter,
     baseline: Baseline,
-    tokens: Artifact,
-    texts: Artifact,
-    template: Artifact,
+    held_out: HeldOut,
     config: EvaluateConfig,
     weights: WeightsConfig,
     merged_prompt: str,
     device: str,
 ) -> Evaluation:
     """Ask the tuned model what the base model was asked, and measure how they differ; `device` is cpu or cuda."""
-    if not tokens.rows:
+    if not held_out.tokens.rows:
         return _skip()
-    check_adapter(adapter.data.path, model)
-    asked = read_asked(tokens, texts, template, config)
+    check_adapter_fits(adapter.data.path, model)
+    questions = read_questions(held_out, config)
     base = Said.model_validate_json((baseline.data / SAID).read_bytes())
-    asked_model = model.model_copy(update={"tokenizer": tokenizer})
-    tuned = ask(asked, asked_model, adapter.data.path, config=config, weights=weights, device=device)
-    metrics = measure(asked, base, tuned, merged_prompt)
+    tuned = collect_answers(questions, model, adapter.data.path, held_out, config=config, weights=weights, device=device)
+    metrics = compute_metrics(questions, base, tuned, merged_prompt)
     summary = {f"{name}_{figure}": metrics[name][figure] for name in ("base", "tuned") for figure in ("nll", "perplexity")}
-    return Evaluation(data=_publish(metrics, side_by_side(asked.prompts, base, tuned)), summary=summary)
+    return Evaluation(data=_publish(metrics, side_by_side(questions.prompts, base, tuned)), summary=summary)

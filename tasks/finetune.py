@@ -27,7 +27,6 @@ from tasks.refs import Adapter, Artifact, InputError, Model, home
 from tasks.training.backend import Backend, Job, Resolved
 from tasks.training.checkpoints import damage_of, drop_from, is_last, newest_intact, resumable, step_of
 from tasks.training.memory import training_errors_explained
-from tasks.training.progress import announced
 from tasks.training.validation import best_step, has_stopped_improving
 from tasks.training.watch import LOG, StepRecord, read_log
 
@@ -88,14 +87,14 @@ def load_backend(name: str) -> Backend:
 
 
 def left_behind(key: str) -> str | None:
-    """What an unfinished training with that key left, such as `resumable from step 50`."""
+    """Say what an unfinished training with that key left, such as `resumable from step 50`."""
     return resumable(home() / "work" / key[:32])
 
 
 def _prepare(model: Model, batches: Artifact, config: FinetuneConfig, weights: WeightsConfig, device: str) -> Resolved:
     """Refuse early what can't work, and decide what the request leaves open."""
-    from tasks.training import hardware, loading, memory
-    from tasks.training.fast import memory_plan as choice
+    from tasks.training import hardware, loading, memory, model_shape
+    from tasks.training.fast import memory_plan
 
     if not batches.rows:
         raise InputError(
@@ -104,13 +103,13 @@ def _prepare(model: Model, batches: Artifact, config: FinetuneConfig, weights: W
     hardware.check_model(model)
     resolved = hardware.resolve(config, weights, device)
     if config.backend == "fast":
-        choice.check_model(Path(model.path), resolved.dtype)
-    shape, free = memory.read_shape(Path(model.path)), hardware.free_gib(device)
+        memory_plan.check_supported(Path(model.path), resolved.dtype)
+    shape, free = model_shape.read_shape(Path(model.path)), hardware.free_gib(device)
     if shape is None:
         return resolved
     tokens = config.batch_size * _longest_row(_rows(batches))
     if config.backend == "fast":
-        resolved = choice.choose(config, resolved, shape, tokens, free)
+        resolved = memory_plan.choose(config, resolved, shape, tokens, free)
     loaded = resolved.model_copy(update={"load_in_4bit": resolved.load_in_4bit or loading.is_in_4bit(Path(model.path))})
     estimate = resolved.estimated_gib or memory.estimate_gib(shape, config, loaded, tokens)
     if free is not None:
@@ -131,22 +130,22 @@ def _longest_row(path: Path) -> int:
 
 
 def _pin(path: Path, resolved: Resolved, config: FinetuneConfig) -> Resolved:
-    """What the training began with, if it began before; else what was resolved now, from now on.
+    """Return what the training began with, if it began before; else what was resolved now, from now on.
 
     Raises:
         InputError: when it began in a way that the GPU at hand can't go on in.
     """
     from tasks.training import memory
-    from tasks.training.fast import memory_plan as choice
+    from tasks.training.fast import memory_plan
 
     if not path.is_file():
         files.write_atomic(path, resolved.model_dump_json(indent=1).encode())
         return resolved
     pinned = Resolved.model_validate_json(path.read_bytes())
-    fp8 = choice.is_fp8(pinned.frozen_weights)
+    fp8 = memory_plan.is_fp8(pinned.frozen_weights)
     missing = [
         *(["bfloat16"] if pinned.dtype == "bfloat16" and resolved.dtype == "float16" else []),
-        *(["fp8"] if fp8 and choice.compute_capability(resolved.device) < choice.FP8_CAPABILITY else []),
+        *(["fp8"] if fp8 and memory_plan.compute_capability(resolved.device) < memory_plan.FP8_CAPABILITY else []),
     ]
     if missing:
         raise InputError(
@@ -204,15 +203,20 @@ def _train(job: Job) -> float:
     """Train to the end; the peak of memory in GiB."""
     if job.resume is not None:
         logger.info("finetune goes on from step %d.", step_of(job.resume))
-    with announced() as progress, training_errors_explained(job):
-        return load_backend(job.config.backend).train(job, progress)
+    with training_errors_explained(job):
+        return load_backend(job.config.backend).train(job)
 
 
 def _wait_for(holder: str) -> None:
     logger.warning("finetune waits: %s is training the same; its result will be used.", holder)
 
 
-@stage(version=1, chosen=lambda inputs: (BACKENDS[inputs["config"].backend],), progress=left_behind)
+@stage(
+    version=1,
+    alternatives=BACKENDS.values(),
+    chosen=lambda inputs: (BACKENDS[inputs["config"].backend],),
+    unfinished=left_behind,
+)
 def finetune(
     model: Model,
     batches: Artifact,

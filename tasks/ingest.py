@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from tasks.caching.files import file_digest
-from tasks.caching.progress import metered
 from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.config import IngestConfig
 from tasks.reading.cleaning import clean, drop_empty, hash_texts
-from tasks.reading.counts import Tally, check_kept, check_rejected
+from tasks.reading.counts import LineCounts, check_kept, check_rejected
 from tasks.reading.distinct import Distinct, Hashes
 from tasks.reading.formats import read_blocks
-from tasks.reading.rows import Block, Reject, product_schema, read_block
+from tasks.reading.rows import LineBlock, Reject, product_schema, read_block
 from tasks.reading.sources import locate_source
 from tasks.refs import InputError, Products, Source
 from tasks.tables.arrow import write_table
+from tasks.tables.progress import metered
 from tasks.tables.streams import fixed_batches, in_order
 
 if TYPE_CHECKING:
@@ -40,13 +40,13 @@ class Piece(NamedTuple):
     """A block, and where it comes from."""
 
     file: str
-    block: Block
+    block: LineBlock
     done: float
     """Share of all input that has been read."""
 
 
 class Cleaned(NamedTuple):
-    """What is left of a piece."""
+    """A piece, parsed and cleaned."""
 
     file: str
     done: float
@@ -80,17 +80,17 @@ def clean_piece(piece: Piece, config: IngestConfig) -> Cleaned:
     return Cleaned(piece.file, piece.done, table, hash_texts(frame), rows.lines, Counter(dropped), rows.rejects)
 
 
-def distinct_tables(pieces: Iterable[Cleaned], config: IngestConfig, tally: Tally, seen: Distinct) -> Iterator[pa.Table]:
-    """The rows to keep, in order; everything else goes to the tally."""
-    with metered("ingest", "lines") as tell:
+def kept_tables(pieces: Iterable[Cleaned], config: IngestConfig, counts: LineCounts, seen: Distinct) -> Iterator[pa.Table]:
+    """The rows to keep, in order; everything else is counted."""
+    with metered("ingest", "lines") as count:
         for piece in pieces:
             new = seen.add(piece.hashes) if config.drop_duplicates else np.ones(piece.table.num_rows, np.bool_)
-            tally.lines += piece.lines
-            tally.dropped += piece.dropped + Counter(duplicate=int((~new).sum()))
+            counts.lines += piece.lines
+            counts.dropped += piece.dropped + Counter(duplicate=int((~new).sum()))
             for reject in piece.rejects:
-                tally.reject(piece.file, reject)
+                counts.reject(piece.file, reject)
             yield piece.table if new.all() else piece.table.filter(new)
-            tell(tally.lines, piece.done)
+            count(counts.lines, piece.done)
 
 
 @stage(version=1)
@@ -99,16 +99,16 @@ def ingest(source: Source, config: IngestConfig) -> Products:
     need_bytes = sum(file.size_bytes for file in source.files) // 2
     with publish("products", need_bytes=need_bytes) as draft:
         with ExitStack() as stack:
-            tally = Tally(config, stack)
+            counts = LineCounts(config, stack)
             pieces = stack.enter_context(closing(read_pieces(source, config)))
             cleaned = stack.enter_context(closing(in_order(partial(clean_piece, config=config), pieces)))
-            tables = distinct_tables(cleaned, config, tally, Distinct(draft.path))
+            tables = kept_tables(cleaned, config, counts, Distinct(draft.path))
             draft.rows = write_table(draft / "products.arrow", product_schema(), fixed_batches(tables))
-        rejects = tally.rejects
+        rejects = counts.rejects
         if not source.is_shard:
-            check_rejected([rejects] if rejects else [], tally.lines, config)
-            check_kept(draft.rows, tally.lines, tally.dropped)
-    return Products(data=draft.artifact, rejects=rejects, lines=tally.lines, dropped=dict(sorted((+tally.dropped).items())))
+            check_rejected([rejects] if rejects else [], counts.lines, config)
+            check_kept(draft.rows, counts.lines, counts.dropped)
+    return Products(data=draft.artifact, rejects=rejects, lines=counts.lines, dropped=dict(sorted((+counts.dropped).items())))
 
 
 __all__ = ["ingest", "locate_source"]

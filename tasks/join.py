@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from tasks.caching.progress import counted
 from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.config import IngestConfig
@@ -21,6 +20,7 @@ from tasks.reading.distinct import Distinct, Hashes
 from tasks.reading.rows import product_schema
 from tasks.refs import Artifact, Products, Shards
 from tasks.tables.arrow import read_table, write_table
+from tasks.tables.progress import counted
 from tasks.tables.streams import fixed_batches, in_order
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def hashed(batch: pa.RecordBatch) -> tuple[pa.Table, Hashes]:
 
 
 def distinct_tables(pairs: Iterable[tuple[pa.Table, Hashes]], seen: Distinct, dropped: Counter[str]) -> Iterator[pa.Table]:
-    """What was not there before, in order."""
+    """The rows that were not there before, in order."""
     for table, hashes in pairs:
         new = seen.add(hashes)
         dropped["duplicate"] += int((~new).sum())

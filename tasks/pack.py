@@ -21,7 +21,7 @@ from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.config import PackConfig
 from tasks.refs import Artifact, InputError
-from tasks.tables.arrow import Gather, Rows, read_table, write_table
+from tasks.tables.arrow import Gather, Rows, list_lengths, read_table, write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -112,15 +112,6 @@ def _batches(table: pa.Table, order: Rows, bounds: NDArray[np.int64], step: int)
         yield join_rows(gather(order[span[0] : span[-1]]), span - span[0])
 
 
-def row_lengths(table: pa.Table) -> NDArray[np.int64]:
-    """How many tokens each row has."""
-    import pyarrow.compute as pc
-
-    return np.concatenate(
-        [np.zeros(0, np.int64), *(pc.list_value_length(chunk).to_numpy() for chunk in table["input_ids"].chunks)]
-    )
-
-
 def _check_lengths(table: pa.Table, lengths: NDArray[np.int64], capacity: int) -> None:
     too_long = np.flatnonzero(lengths > capacity)
     if len(too_long):
@@ -137,7 +128,7 @@ def pack(tokens: Artifact, config: PackConfig) -> Artifact:
     import pyarrow as pa
 
     table = read_table(tokens / "tokens.arrow")
-    lengths = row_lengths(table)
+    lengths = list_lengths(table["input_ids"])
     _check_lengths(table, lengths, config.tokens)
     order, bounds = order_packs(fit_best(lengths, config.tokens))
     batches = _batches(table, order, bounds, max(BATCH_TOKENS // config.tokens, 1))
@@ -151,4 +142,4 @@ def pack(tokens: Artifact, config: PackConfig) -> Artifact:
     return draft.artifact
 
 
-__all__ = ["fit_best", "join_rows", "order_packs", "pack", "row_lengths", "utilisation"]
+__all__ = ["fit_best", "join_rows", "order_packs", "pack", "utilisation"]

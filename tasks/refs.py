@@ -174,10 +174,22 @@ class Model(Value):
     path: RootedPath = aside()
     digest: str
     name: str = aside()
-    """What to call it in a model card: the hub id or the directory's name."""
+    """Its name in a model card: the hub id or the directory's name."""
     tokenizer: Tokenizer = aside()
     artifact: Artifact | None = aside(None)
     """Holds the files when a stage fetched them."""
+
+
+class HeldOut(Value):
+    """The rows that base and tuned model are asked about."""
+
+    tokens: Artifact
+    """tokens.arrow."""
+    texts: Artifact
+    """The same rows as turns.arrow."""
+    template: Artifact
+    tokenizer: Tokenizer
+    """The model's, named here because its files count: they pad and decode."""
 
 
 class Prepared(Value):
@@ -186,11 +198,7 @@ class Prepared(Value):
     model: Model
     batches: Artifact
     """Training rows: tokens.arrow, or packs.arrow where the recipe packs."""
-    tokens: Artifact
-    """Held-out rows: tokens.arrow."""
-    texts: Artifact
-    """The same rows as turns.arrow."""
-    template: Artifact
+    held_out: HeldOut
 
 
 class Adapter(Value):
@@ -203,7 +211,7 @@ class Adapter(Value):
 
 
 class Baseline(Value):
-    """What the base model says on the held-out rows (said.json)."""
+    """The base model's answers on the held-out rows (said.json)."""
 
     data: Artifact
 
@@ -216,7 +224,7 @@ class Evaluation(Value):
 
 
 class SavedModel(Value):
-    """What the user takes away: adapter, tokenizer with chat template, config, lineage, model card."""
+    """All that the user takes away: adapter, tokenizer with chat template, config, lineage, model card."""
 
     data: Artifact
     name: str = aside()

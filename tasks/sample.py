@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.caching.progress import counted
 from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.config import SampleConfig
 from tasks.refs import Artifact, InputError, Products, Split
 from tasks.tables.arrow import Gather, Rows, batch_ranges, read_table, write_table
+from tasks.tables.progress import counted
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -19,7 +19,6 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -32,6 +31,7 @@ from tasks.config import SaveConfig
 from tasks.reading.model_files import TOKENIZER, read_json
 from tasks.refs import Adapter, Artifact, Evaluation, InputError, Lineage, Model, SavedModel, Tokenizer, home
 from tasks.reporting.model_card import model_card
+from tasks.training.hardware import package_versions
 
 PACKAGES = (
     "accelerate",
@@ -52,6 +52,7 @@ PACKAGES = (
     "unsloth",
     "unsloth_zoo",
 )
+"""Packages that bytes may depend on."""
 ROOM_BYTES = 64 * 2**20
 """For all that is not the adapter."""
 
@@ -78,7 +79,7 @@ def lineage_record(lineage: Lineage, model: Model, adapter: Adapter) -> dict[str
         "base_model": {"name": model.name, "digest": model.digest, "tokenizer": model.tokenizer.digest},
         "adapter": adapter.data.digest,
         "seeds": dict(seeds(lineage.recipe)),
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": {"python": platform.python_version(), **package_versions(PACKAGES)},
         "training": read_json(resolved) if resolved.is_file() else {},
     }
 
@@ -96,17 +97,6 @@ def seeds(recipe: Mapping[str, Any], where: str = "") -> dict[str, int]:
         elif name == "random_state" or name.endswith("seed"):
             found[f"{where}{name}"] = value
     return dict(sorted(found.items()))
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages here that bytes may depend on."""
-    found: dict[str, str] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _copy(artifact: Artifact, target: Path) -> None:

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.caching.progress import counted
 from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.config import SharegptConfig
 from tasks.refs import Artifact, Split
 from tasks.tables.arrow import Gather, bounded_ranges, one_batch, read_table, row_lists, text_bytes, write_table
+from tasks.tables.progress import counted
 from tasks.tables.streams import in_order
-from tasks.text.merged_prompt import Block, merge_columns, parse_merged_prompt
+from tasks.text.merged_prompt import PromptBlock, merge_columns, parse_merged_prompt
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -82,7 +82,7 @@ def _turns_schema() -> pa.Schema:
     return pa.schema({"uid": pa.string(), "prompt": pa.string(), "answer": pa.string()})
 
 
-def _turns(products: pa.Table, blocks: Sequence[Block], output_column: str) -> Iterator[pa.RecordBatch]:
+def _turns(products: pa.Table, blocks: Sequence[PromptBlock], output_column: str) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
     import pyarrow.compute as pc
 

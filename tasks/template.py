@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.caching.progress import counted
 from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.config import TemplateConfig
 from tasks.refs import Artifact, ConfigError, Special, Split, Texts
 from tasks.tables.arrow import Gather, bounded_ranges, list_sums, one_batch, read_table, row_lists, text_bytes, write_table
+from tasks.tables.progress import counted
 from tasks.tables.streams import in_order
 from tasks.text.chat_template import QUESTION, SYSTEM, ChatTemplate, parse_template, to_jinja
 

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.caching.progress import counted
 from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.config import TokenizeConfig
 from tasks.refs import Artifact, Split, Texts, Tokenizer
 from tasks.tables.arrow import Gather, bounded_ranges, list_sums, one_batch, read_table, text_bytes, write_table
+from tasks.tables.progress import counted
 from tasks.tables.streams import in_order
-from tasks.text.encoding import Encoded, load_tokenizer, special_id, to_ids
-from tasks.text.overlength import Tally, check_ends, check_tally, count_bos, fit
+from tasks.text.encoding import Encoded, load_tokenizer_json, special_id, to_ids
+from tasks.text.overlength import RowCounts, check_counts, check_ends, count_bos, fit
 from tasks.text.turn_encoding import Bodies, TurnEncoder, choose_encoder, encode_whole, refuse_specials, without_specials
 from tasks.text.turns import Template
 
@@ -49,17 +49,17 @@ Assembler = Callable[[NDArray[np.integer], int], Encoded]
 """Conversations of products, so many a row."""
 
 
-def _batch(encoded: Encoded, uids: pa.Array, config: TokenizeConfig, tally: Tally) -> pa.RecordBatch:
-    """A record batch of tokens.arrow; adds its numbers to the tally."""
+def _batch(encoded: Encoded, uids: pa.Array, config: TokenizeConfig, counts: RowCounts) -> pa.RecordBatch:
+    """A record batch of tokens.arrow; adds its numbers to `counts`."""
     import pyarrow as pa
 
     flat, offsets = to_ids(encoded.ids)
     labels = flat if config.loss_on == "everything" else np.where(encoded.learnt, flat, np.int32(IGNORED))
     seen = np.concatenate([[0], np.cumsum(labels != IGNORED)])
-    tally.kept += len(uids)
-    tally.tokens += len(flat)
-    tally.learnt += int(seen[-1])
-    tally.unlearnable += int((np.diff(seen[offsets]) == 0).sum())
+    counts.kept += len(uids)
+    counts.tokens += len(flat)
+    counts.learnt += int(seen[-1])
+    counts.unlearnable += int((np.diff(seen[offsets]) == 0).sum())
     ends = pa.array(offsets, pa.int32())
     lists = [pa.ListArray.from_arrays(ends, pa.array(values, pa.int32())) for values in (flat, labels)]
     return pa.RecordBatch.from_arrays([uids, *lists], schema=_schema())
@@ -71,11 +71,11 @@ def _schema() -> pa.Schema:
     return pa.schema({"uids": pa.list_(pa.string()), "input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
 
 
-class Stream:
-    """The batches of tokens.arrow, and the tally of what they went through."""
+class TokenBatches:
+    """The batches of tokens.arrow, and counts of what became of their rows."""
 
     def __init__(self, conversations: pa.Table, sizes: NDArray[np.int64], assemble: Assembler, method: Method) -> None:
-        self.tally = Tally()
+        self.counts = RowCounts()
         self._conversations = conversations
         self._ranges = bounded_ranges(list_sums(sizes, conversations["products"]), max_rows=MAX_ROWS, max_bytes=MAX_BYTES)
         self._assemble = assemble
@@ -87,13 +87,13 @@ class Stream:
     def __iter__(self) -> Iterator[pa.RecordBatch]:
         for uids, encoded in in_order(self._encoded, self._ranges):
             lengths = np.diff(to_ids(encoded.ids)[1])
-            self.tally.rows += len(uids)
-            self.tally.longest = max(self.tally.longest, int(lengths.max(initial=0)))
-            self.tally.overlong += int((lengths > self._config.max_tokens).sum())
-            self.tally.stray_bos += count_bos(encoded, self._bos)
+            self.counts.rows += len(uids)
+            self.counts.longest = max(self.counts.longest, int(lengths.max(initial=0)))
+            self.counts.overlong += int((lengths > self._config.max_tokens).sum())
+            self.counts.stray_bos += count_bos(encoded, self._bos)
             check_ends(encoded, self._eos)
             fitting, kept = fit(encoded, uids, self._config, self._eos)
-            yield _batch(fitting, uids if len(kept) == len(uids) else uids.take(kept), self._config, self.tally)
+            yield _batch(fitting, uids if len(kept) == len(uids) else uids.take(kept), self._config, self.counts)
 
     def _encoded(self, span: tuple[int, int]) -> tuple[pa.ListArray, Encoded]:
         batch = one_batch(self._conversations.slice(span[0], span[1] - span[0]))
@@ -110,15 +110,15 @@ class Method:
     turns: TurnEncoder | None
     config: TokenizeConfig
 
-    def write(self, texts: Artifact, draft: Path) -> Tally:
+    def write(self, texts: Artifact, draft: Path) -> RowCounts:
         """tokens.arrow (tasks/refs.py) of texts; the turns' bodies lie in a scratch file meanwhile."""
         turns, scratch = read_table(texts / "turns.arrow"), draft / "bodies.arrow"
         sizes = text_bytes(turns, "prompt", "answer")
         assemble = self._by_wholes(turns) if self.turns is None else self._by_turns(self.turns, turns, sizes, scratch)
-        stream = Stream(read_table(texts / "texts.arrow").select(["uids", "products"]), sizes, assemble, self)
-        write_table(draft / "tokens.arrow", _schema(), stream)
+        batches = TokenBatches(read_table(texts / "texts.arrow").select(["uids", "products"]), sizes, assemble, self)
+        write_table(draft / "tokens.arrow", _schema(), batches)
         scratch.unlink(missing_ok=True)
-        return stream.tally
+        return batches.counts
 
     def _by_turns(self, encoder: TurnEncoder, turns: pa.Table, sizes: NDArray[np.int64], scratch: Path) -> Assembler:
         import pyarrow as pa
@@ -165,25 +165,23 @@ def choose_method(texts: Artifact, backend: Backend, template: Template, config:
     return Method(backend, template, turns, config)
 
 
-def _tokenize(name: str, texts: Artifact, method: Method) -> tuple[Artifact, Tally]:
+def _tokenize(name: str, texts: Artifact, method: Method) -> tuple[Artifact, RowCounts]:
     with publish("tokens", need_bytes=3 * texts.size_bytes) as draft:
-        tally = method.write(texts, draft.path)
-        check_tally(f"tokenize {name}", tally, method.config)
-        draft.rows = tally.kept
-    return draft.artifact, tally
+        counts = method.write(texts, draft.path)
+        check_counts(f"tokenize {name}", counts, method.config)
+        draft.rows = counts.kept
+    return draft.artifact, counts
 
 
 @stage(version=1)
 def tokenize(texts: Texts, tokenizer: Tokenizer, config: TokenizeConfig) -> Split:
     """Ids and labels of both splits; BOS once, EOS after every answer, at most max_tokens a row."""
     template = json.loads((texts.template / "template.json").read_text(encoding="utf-8"))
-    method = choose_method(texts.train, load_tokenizer(Path(tokenizer.path)), template, config)
-    train, counted = _tokenize("training rows", texts.train, method)
+    method = choose_method(texts.train, load_tokenizer_json(Path(tokenizer.path)), template, config)
+    train, counts = _tokenize("training rows", texts.train, method)
     evaluation, _ = _tokenize("evaluation rows", texts.evaluation, method)
-    logger.info(
-        "tokenize: %s rows, %s tokens, %s of them learnt", f"{counted.kept:,}", f"{counted.tokens:,}", f"{counted.learnt:,}"
-    )
-    return Split(train=train, evaluation=evaluation, counts={**asdict(counted), "evaluation": evaluation.rows})
+    logger.info("tokenize: %s rows, %s tokens, %s of them learnt", f"{counts.kept:,}", f"{counts.tokens:,}", f"{counts.learnt:,}")
+    return Split(train=train, evaluation=evaluation, counts={**asdict(counts), "evaluation": evaluation.rows})
 
 
 __all__ = ["Method", "choose_method", "tokenize"]

@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from flows.recipes import shipped_names
+from flows.running import pools
 from flows.server import deploy
 from tasks.refs import ConfigError
 from tests.support.checkout import PROJECT
@@ -46,8 +47,8 @@ def test_prefect_yaml_names_every_shipped_recipe_and_the_training() -> None:
     names = {item["name"]: item for item in settings["deployments"]}
     assert sorted(names) == sorted([*shipped_names(), "cuda"])
     assert all(names[name]["parameters"]["config"] == f"{{{{ recipes.{name} }}}}" for name in shipped_names())
-    assert f"amazon-ft-train/{'cuda'}" == deploy.TRAINING
-    assert {item["work_pool"]["name"] for item in names.values()} == {deploy.CPU_POOL, deploy.CUDA_POOL}
+    assert f"amazon-ft-train/{'cuda'}" == pools.TRAINING
+    assert {item["work_pool"]["name"] for item in names.values()} == {pools.CPU_POOL, pools.CUDA_POOL}
 
 
 def test_read_recipes_gives_what_the_files_say_and_a_valid_recipe() -> None:
@@ -68,9 +69,9 @@ def test_data_directory_is_the_given_one_or_where_the_worker_started(monkeypatch
 
 
 def test_every_pool_type_has_templates_for_both_pools() -> None:
-    for pools in deploy.PoolType:
-        assert deploy.template_of(pools, deploy.CPU_POOL).is_file()
-        assert deploy.template_of(pools, deploy.CUDA_POOL).is_file()
+    for kind in deploy.PoolType:
+        assert deploy.template_of(kind, pools.CPU_POOL).is_file()
+        assert deploy.template_of(kind, pools.CUDA_POOL).is_file()
 
 
 @pytest.mark.parametrize("path", POOLS, ids=lambda path: path.stem)

@@ -12,7 +12,6 @@ import platform
 import statistics
 import tempfile
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from flows.bench.processes import module, run
+from flows.bench.processes import module, run_process
 from flows.bench.products import product_file
 from tasks.refs import InputError, home
+from tasks.training.hardware import package_versions
 
 CONVERSATIONS = 100_000
 """As in the document."""
@@ -36,7 +36,7 @@ LIBRARIES = ("datasets", "numpy", "polars", "pyarrow", "tokenizers", "transforme
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured."""
+    """A measurement's input: product lines, tokenizer, recipe."""
 
     source: Path
     rows: int
@@ -87,7 +87,7 @@ def bench_data(
     bench = Bench(product_file(rows, home() / "bench"), rows, tokenizer.absolute(), recipe)
     measured = list[Measured]()
     for count, side in ((count, side) for count in turns for _ in range(repeats) for side in sides):
-        measured.append(measure(bench, side, count))
+        measured.append(measure_data_side(bench, side, count))
         console.print(_line(measured[-1]), highlight=False)
     size = bench.source.stat().st_size
     console.print(_table(measured, rows, size))
@@ -97,31 +97,31 @@ def bench_data(
         "source_bytes": size,
         "recipe": recipe,
         "machine": machine(),
-        "versions": _versions(),
+        "versions": dict.fromkeys(LIBRARIES, "not installed") | package_versions(LIBRARIES),
         "runs": [asdict(entry) for entry in measured],
-        "ratio": ratios(measured),
-        "ratio_to_document_as_written": ratios(measured, AS_WRITTEN),
+        "ratio": data_speedups(measured),
+        "ratio_to_document_as_written": data_speedups(measured, AS_WRITTEN),
     }
 
 
-def measure(bench: Bench, side: str, turns: int) -> Measured:
+def measure_data_side(bench: Bench, side: str, turns: int) -> Measured:
     """One process, in a directory of its own that goes with it."""
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=bench.source.parent) as name:
         scratch = Path(name)
-        cost = run(bench.command(side, turns, scratch), scratch, os.environ | {"AMAZON_FT_HOME": str(scratch / "home")})
+        cost = run_process(bench.command(side, turns, scratch), scratch, os.environ | {"AMAZON_FT_HOME": str(scratch / "home")})
     steps = json.loads(cost.output.splitlines()[-1])
     seconds = (round(cost.seconds, 2), round(cost.cpu_seconds, 2))
     return Measured(side, turns, *seconds, cost.peak_rss_bytes, cost.peak_anonymous_bytes, steps, round(load, 1))
 
 
-def ratios(measured: list[Measured], document_turns: int | None = None) -> dict[str, float]:
+def data_speedups(measured: list[Measured], document_turns: int | None = None) -> dict[str, float]:
     """{turns: how many times as fast as the document's code}, of the medians.
 
     The document's code makes conversations of as many turns as ours, or always of `document_turns`.
 
     >>> runs = [Measured("ours", 1, 2.0, 0, 0, 0, {}, 0), Measured("document", 1, 9.0, 0, 0, 0, {}, 0)]
-    >>> ratios(runs), ratios(runs, 3)
+    >>> data_speedups(runs), data_speedups(runs, 3)
     ({'1': 4.5}, {})
     """
     found = dict[str, float]()
@@ -137,7 +137,7 @@ def _seconds(measured: list[Measured], side: str, turns: int) -> list[float]:
 
 
 def machine() -> dict[str, Any]:
-    """What it ran on."""
+    """Processor, cores, memory, system and Python of this machine."""
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
     )
@@ -150,16 +150,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    found = dict[str, str]()
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def _line(entry: Measured) -> str:
     steps = ", ".join(f"{name} {seconds:.1f}" for name, seconds in entry.steps.items())
     took = f"{entry.seconds:.1f} s, {entry.cpu_seconds:.1f} s of all cores"
@@ -167,7 +157,7 @@ def _line(entry: Measured) -> str:
 
 
 def _table(measured: list[Measured], rows: int, size: int) -> Table:
-    compared = {"document / ours": ratios(measured), "as written / ours": ratios(measured, AS_WRITTEN)}
+    compared = {"document / ours": data_speedups(measured), "as written / ours": data_speedups(measured, AS_WRITTEN)}
     shown = {name: found for name, found in compared.items() if found}
     table = Table("", "turns", "s", "rows/s", "MB/s", "RSS", "anonymous", *shown)
     for side, turns in dict.fromkeys((entry.side, entry.turns) for entry in measured):
@@ -180,4 +170,4 @@ def _table(measured: list[Measured], rows: int, size: int) -> Table:
     return table
 
 
-__all__ = ["Bench", "Measured", "bench_data", "machine", "measure", "ratios"]
+__all__ = ["Bench", "Measured", "bench_data", "data_speedups", "machine", "measure_data_side"]

@@ -29,7 +29,7 @@ from tasks.tokenize import tokenize
 R = TypeVar("R", bound=BaseModel)
 
 
-def run(recipe_name: str, source: str, tokenizer_directory: str, turns: str, rows: str) -> dict[str, float]:
+def time_stages(recipe_name: str, source: str, tokenizer_directory: str, turns: str, rows: str) -> dict[str, float]:
     """Run the stages on a file; how long each took."""
     settings = {
         "ingest.sources": f"[{source}]",
@@ -65,4 +65,4 @@ def told(seconds: Mapping[str, float]) -> str:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    sys.stdout.write(told(run(*sys.argv[1:])) + "\n")
+    sys.stdout.write(told(time_stages(*sys.argv[1:])) + "\n")

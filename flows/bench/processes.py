@@ -20,7 +20,7 @@ FIELDS = ("VmRSS", "RssAnon")
 
 
 class Cost(NamedTuple):
-    """What a process tree took; memory is sampled, and is the largest sum over the tree."""
+    """Time and memory that a process tree took; memory is sampled, and is the largest sum over the tree."""
 
     seconds: float
     cpu_seconds: float
@@ -31,7 +31,7 @@ class Cost(NamedTuple):
     output: str
 
 
-def run(command: list[str], directory: Path, environment: Mapping[str, str]) -> Cost:
+def run_process(command: list[str], directory: Path, environment: Mapping[str, str]) -> Cost:
     """Run it to its end, in a directory.
 
     Raises:
@@ -89,4 +89,4 @@ def module(name: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", name, *map(str, arguments)]
 
 
-__all__ = ["Cost", "module", "run"]
+__all__ = ["Cost", "module", "run_process"]

@@ -102,7 +102,7 @@ DRAWS = 2**22
 
 
 class Words(NamedTuple):
-    """What texts are made of: plain words by falling frequency, each with a space; at the end the references."""
+    """The vocabulary of texts: plain words by falling frequency, each with a space; at the end the references."""
 
     spaced: pa.StringArray
     last: pa.StringArray

@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.bench.data import machine
-from flows.bench.processes import module, run
+from flows.bench.processes import module, run_process
 from flows.recipes import load_recipe
 from flows.running.gpus import one_gpu
 from tasks.config import FinetuneConfig
 from tasks.refs import InputError, Model
 from tasks.training import hardware
-from tasks.training.fast import memory_plan as choice
+from tasks.training.fast import memory_plan
 
 WINDOWS = 3
 GPU_STEPS, CPU_STEPS = (8, 5), (2, 1)
@@ -52,28 +52,28 @@ def bench_train(model: Model, data: Path, *, held: tuple[str, ...], against_docu
 
 def _bench(model: Model, data: Path, sides: Sequence[str], console: Console) -> dict[str, Any]:
     device = device_here()
-    choice.check_model(Path(model.path), hardware.resolve_dtype("auto", device))
+    memory_plan.check_supported(Path(model.path), hardware.resolve_dtype("auto", device))
     if device == "cpu":
         console.print("No GPU here: a tiny model on the CPU, which shows that both sides run and says nothing of a GPU's speed.")
     limit, weights = matmul_limit(device), linear_weights(model)
     measured: dict[str, Any] = {}
     for side in sides:
-        measured[side] = measure(side, model, data, device)
+        measured[side] = measure_training_side(side, model, data, device)
         measured[side]["share_of_limit"] = round(measured[side]["tokens_per_second"] * weights * FLOP_PER_WEIGHT / limit, 3)
         console.print(f"{side}: {json.dumps(measured[side])}", highlight=False)
-    console.print(table(measured))
+    console.print(speed_table(measured))
     return {
         "device": hardware.device_name(device),
         "machine": machine(),
-        "versions": hardware.versions(),
+        "versions": hardware.package_versions(hardware.LIBRARIES),
         "matmul_limit_tflops": round(limit / 1e12, 3),
         "model": model.name,
         "sides": measured,
-        "ratio": ratios(measured),
+        "ratio": training_speedups(measured),
     }
 
 
-def measure(side: str, model: Model, data: Path, device: str) -> dict[str, Any]:
+def measure_training_side(side: str, model: Model, data: Path, device: str) -> dict[str, Any]:
     """One side in a process of its own: tokens_per_second (median), windows, peak_gib, seconds_to_first_step, resolved."""
     ours, document = GPU_STEPS if device == "cuda" else CPU_STEPS
     with tempfile.TemporaryDirectory() as scratch:
@@ -81,7 +81,7 @@ def measure(side: str, model: Model, data: Path, device: str) -> dict[str, Any]:
             command = module("flows.bench.train_document", model.path, data / "texts.json", device, document, WINDOWS)
         else:
             command = module("flows.bench.train_ours", model.model_dump_json(), data / "packs.arrow", device, side, ours, WINDOWS)
-        cost = run(command, Path(scratch), os.environ | {"HF_HUB_OFFLINE": "1", "AMAZON_FT_HOME": scratch})
+        cost = run_process(command, Path(scratch), os.environ | {"HF_HUB_OFFLINE": "1", "AMAZON_FT_HOME": scratch})
     found: dict[str, Any] = json.loads(cost.output.splitlines()[-1])
     return {
         "tokens_per_second": round(statistics.median(found["windows"]), 1),
@@ -90,10 +90,10 @@ def measure(side: str, model: Model, data: Path, device: str) -> dict[str, Any]:
     }
 
 
-def ratios(measured: dict[str, Any]) -> dict[str, float]:
+def training_speedups(measured: dict[str, Any]) -> dict[str, float]:
     """{side of ours: how many times as fast as the document's code}.
 
-    >>> ratios({"fp8": {"tokens_per_second": 20.0}, "document": {"tokens_per_second": 2.0}})
+    >>> training_speedups({"fp8": {"tokens_per_second": 20.0}, "document": {"tokens_per_second": 2.0}})
     {'fp8': 10.0}
     """
     if "document" not in measured:
@@ -102,9 +102,9 @@ def ratios(measured: dict[str, Any]) -> dict[str, float]:
     return {side: round(found["tokens_per_second"] / base, 2) for side, found in measured.items() if side != "document"}
 
 
-def table(measured: dict[str, Any]) -> Table:
-    """What a user reads."""
-    ratio = ratios(measured)
+def speed_table(measured: dict[str, Any]) -> Table:
+    """A row for each side: speed, share of the limit, memory, time to the first step."""
+    ratio = training_speedups(measured)
     shown = Table("", "tokens/s", "of the bf16 matmul limit", "peak memory", "to the first step", "times the document")
     for side, found in measured.items():
         cells = [
@@ -142,7 +142,7 @@ def matmul_limit(device: str) -> float:
 
 def linear_weights(model: Model) -> int:
     """Weights of the model's matrices, the output matrix included."""
-    from tasks.training.memory import read_shape
+    from tasks.training.model_shape import read_shape
 
     shape = read_shape(Path(model.path))
     assert shape is not None, "the fast backend refuses other architectures before"
@@ -156,4 +156,4 @@ def bench_config(held: str, steps: int, windows: int) -> FinetuneConfig:
     return FinetuneConfig.model_validate(load_recipe("fast").finetune.model_dump() | changes)
 
 
-__all__ = ["bench_config", "bench_train", "device_here", "linear_weights", "matmul_limit", "ratios"]
+__all__ = ["bench_config", "bench_train", "device_here", "linear_weights", "matmul_limit", "training_speedups"]

@@ -1,4 +1,4 @@
-"""What `amazon-ft bench train` trains on where nothing else is given: generated products, and on a CPU a tiny model."""
+"""Data and model of `amazon-ft bench train` where none are given: generated products, and on a CPU a tiny model."""
 
 from __future__ import annotations
 

@@ -19,13 +19,15 @@ import psutil
 from datasets import Dataset
 
 from flows.bench.train import bench_config
+from tasks.caching.context import observing
+from tasks.caching.events import Event, StepsLogged
 from tasks.config import WeightsConfig
 from tasks.finetune import load_backend
 from tasks.refs import Model
-from tasks.training import hardware, memory
-from tasks.training.backend import Job, Report
-from tasks.training.fast import memory_plan as choice
-from tasks.training.fast.backend import measure
+from tasks.training import hardware, model_shape
+from tasks.training.backend import Job
+from tasks.training.fast import memory_plan
+from tasks.training.fast.backend import max_lengths
 
 STARTED = psutil.Process().create_time()
 
@@ -37,26 +39,27 @@ class Windows:
         self.speeds: list[float] = []
         self.times: list[float] = []
 
-    def report(self, report: Report) -> None:
-        """A window has ended."""
-        self.speeds.append(report.tokens_per_second)
-        self.times.append(time.time())
+    def hear(self, event: Event) -> None:
+        """Note the end of a window."""
+        if isinstance(event, StepsLogged):
+            self.speeds.append(event.tokens_per_second)
+            self.times.append(time.time())
 
     def close(self) -> None:
         """Nothing is left to do."""
 
 
-def run(model: Model, packs: Path, device: str, held: str, steps: int, windows: int) -> dict[str, Any]:
+def time_training(model: Model, packs: Path, device: str, held: str, steps: int, windows: int) -> dict[str, Any]:
     """Train and time."""
     config, told = bench_config(held, steps, windows), Windows()
     resolved = hardware.resolve(config, WeightsConfig(load_in_4bit=False), device)
-    shape, free = memory.read_shape(Path(model.path)), hardware.free_gib(device)
+    shape, free = model_shape.read_shape(Path(model.path)), hardware.free_gib(device)
     assert shape is not None
-    longest = measure(Dataset.from_file(str(packs))).pack
-    with TemporaryDirectory() as work:
-        chosen = choice.choose(config, resolved, shape, longest, free)
+    longest = max_lengths(Dataset.from_file(str(packs))).pack
+    with TemporaryDirectory() as work, observing(told):
+        chosen = memory_plan.choose(config, resolved, shape, longest, free)
         job = Job(model, packs, True, config, longest, chosen, Path(work))
-        peak = load_backend("fast").train(job, told)
+        peak = load_backend("fast").train(job)
     a_step = (told.times[-1] - told.times[0]) / (steps * windows)
     return {
         "windows": [round(speed, 1) for speed in told.speeds[1:]],
@@ -70,5 +73,5 @@ def run(model: Model, packs: Path, device: str, held: str, steps: int, windows: 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     model_json, packs, device, held, steps, windows = sys.argv[1:]
-    found = run(Model.model_validate_json(model_json), Path(packs), device, held, int(steps), int(windows))
+    found = time_training(Model.model_validate_json(model_json), Path(packs), device, held, int(steps), int(windows))
     sys.stdout.write(json.dumps(found) + "\n")

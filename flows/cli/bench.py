@@ -18,7 +18,7 @@ app = typer.Typer(no_args_is_help=True, help="Measure, on this machine.")
 
 
 class Against(StrEnum):
-    """What to compare with."""
+    """The other side of a comparison."""
 
     DOCUMENT = "document"
 

@@ -23,7 +23,7 @@ def cache_ls(as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps([vars(entry) for entry in entries], ensure_ascii=False))
     else:
-        tables.inventory(entries, Console())
+        tables.print_inventory(entries, Console())
 
 
 @app.command("gc")
@@ -36,7 +36,7 @@ def cache_gc(
     from flows.running.garbage import collect, parse_age
 
     removed = collect(keep_last, parse_age(older_than), dry_run=dry_run)
-    tables.removed(removed, Console(), dry_run=dry_run)
+    tables.print_removed(removed, Console(), dry_run=dry_run)
 
 
 __all__ = ["app"]

@@ -26,15 +26,14 @@ def ask(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Else evaluate.max_new_tokens of the recipe.")] = None,
 ) -> None:
     """Ask a saved model about a product."""
-    from flows.models.ask import Options
-    from flows.models.ask import ask as answer
+    from flows.models.ask import AskOptions, answer_titles
     from flows.models.saved import find_saved
 
     hide_bars()
     saved = find_saved(model)
     _tell(f"model: {saved.path}")
-    options = Options(title, question, compare, max_new_tokens)
-    answer(saved, options, read=input, say=lambda text: typer.echo(text, nl=False))
+    options = AskOptions(title, question, compare, max_new_tokens)
+    answer_titles(saved, options, read=input, say=lambda text: typer.echo(text, nl=False))
 
 
 @app.command()
@@ -45,16 +44,14 @@ def export(
     push: Annotated[str | None, typer.Option(metavar="HUB_ID", help="Upload it too; the token is HF_TOKEN.")] = None,
 ) -> None:
     """Write a saved model in another form, and load it again to see that it answers the same."""
-    from flows.models.export import announce, read_token
-    from flows.models.export import export as write
-    from flows.models.export import push as upload
+    from flows.models.export import announce, export_model, push_to_hub, read_token
     from flows.models.saved import find_saved
 
     hide_bars()
     saved, token = find_saved(model), read_token() if push else ""
-    announce(write(saved, how, out.absolute()), out, typer.echo)
+    announce(export_model(saved, how, out.absolute()), out, typer.echo)
     if push:
-        typer.echo(f"pushed: {upload(out, push, token)}")
+        typer.echo(f"pushed: {push_to_hub(out, push, token)}")
 
 
 @app.command()
@@ -64,7 +61,7 @@ def serve(
 ) -> None:
     """Serve a saved model at an OpenAI-compatible endpoint, until Ctrl-C."""
     from flows.models.saved import find_saved
-    from flows.models.serve import serve as become_server
+    from flows.models.serve import become_server
 
     hide_bars()
     become_server(find_saved(model), port, _tell)

@@ -1,4 +1,4 @@
-"""What several groups of commands share: consoles, exit codes, arguments."""
+"""Shared by the groups of commands: consoles, exit codes, arguments."""
 
 from __future__ import annotations
 

@@ -14,8 +14,10 @@ from rich.logging import RichHandler
 
 from flows.cli import tables
 from flows.cli.options import AsJson, Debug, Overrides, RecipeName, err, hide_bars
+from flows.cli.terminal import Bar, LastRun
 from flows.recipes import StageName, check_until, load_recipe
-from tasks.caching import runs as records
+from tasks.caching.context import check_root, observing
+from tasks.caching.events import Detached
 from tasks.refs import SavedModel
 
 if TYPE_CHECKING:
@@ -35,14 +37,17 @@ def run(
     """Run a recipe here, in this process: only what failed or changed is run again."""
     chosen = load_recipe(recipe, overrides or ())
     check_until(until, chosen)
-    with records.run_record(chosen.name, chosen.model_dump(mode="json"), until=until) as record:
-        try:
+    last = LastRun()
+    try:
+        with observing(last, *([Detached(Bar(err), "the bar", close_seconds=5)] if err.is_terminal else [])):
             saved = _run_flow(chosen, until, debug)
-        finally:
-            tables.stages(record.stages, err)
-    tables.outcome(record, chosen, saved, err)
+    finally:
+        if last.run is not None:
+            tables.print_stages(last.run.stages, err)
+    assert last.run is not None, "a flow that ends has opened a run"
+    tables.print_outcome(last.run, chosen, saved, err)
     if as_json:
-        typer.echo(json.dumps(tables.summary(record, chosen, saved), ensure_ascii=False))
+        typer.echo(json.dumps(tables.summarize_run(last.run, chosen, saved), ensure_ascii=False))
 
 
 def _run_flow(recipe: Recipe, until: StageName | None, debug: bool) -> SavedModel | None:
@@ -52,6 +57,7 @@ def _run_flow(recipe: Recipe, until: StageName | None, debug: bool) -> SavedMode
     os.environ |= {"PREFECT_LOGGING_EXTRA_LOGGERS": "tasks,flows", "DO_NOT_TRACK": "1", **quiet}
     if not err.is_terminal:  # bars are for those who watch
         hide_bars()
+    check_root()
     with prefect_server():
         from flows.amazon_ft import amazon_ft
 
@@ -71,13 +77,13 @@ def _log_to_terminal() -> None:
 @app.command()
 def plan(recipe: RecipeName = "default", overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say which stages a run would run, and why; nothing is run."""
-    from flows.pipeline import plan as make_plan
+    from flows.pipeline import plan_run
 
-    found = make_plan(load_recipe(recipe, overrides or ()))
+    found = plan_run(load_recipe(recipe, overrides or ()))
     if as_json:
-        typer.echo(json.dumps({"stages": [tables.step(step) for step in found.steps]}, ensure_ascii=False))
+        typer.echo(json.dumps({"stages": [tables.step_as_json(step) for step in found.steps]}, ensure_ascii=False))
     else:
-        tables.plan(found, Console())
+        tables.print_plan(found, Console())
 
 
 @app.command()
@@ -99,8 +105,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
 ) -> None:
     """Say what differs between two runs: settings, data, metrics."""
-    from flows.reports.history import compare as compare_runs
-    from flows.reports.history import find_run, show_comparison
+    from flows.reports.history import compare_runs, find_run, show_comparison
     from tasks.caching.runs import past_runs
 
     past = past_runs()

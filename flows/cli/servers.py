@@ -29,10 +29,9 @@ def up(
     ] = None,
 ) -> None:
     """Start a server, work pools, workers and deployments on this machine; Ctrl-C ends them."""
-    from flows.server.up import Options
-    from flows.server.up import run as run_up
+    from flows.server.up import UpOptions, run_until_interrupted
 
-    run_up(Options(host=host, port=port, ui=ui, database_url=database_url), Console())
+    run_until_interrupted(UpOptions(host=host, port=port, ui=ui, database_url=database_url), Console())
 
 
 @app.command()
@@ -77,7 +76,7 @@ def doctor(recipe: RecipeName = "default", overrides: Overrides = None, as_json:
     if as_json:
         typer.echo(json.dumps({"findings": [vars(finding) for finding in found]}, ensure_ascii=False))
     else:
-        tables.findings(found, Console())
+        tables.print_findings(found, Console())
     raise typer.Exit(FAILED if any(finding.state == "missing" for finding in found) else 0)
 
 

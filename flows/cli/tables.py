@@ -1,4 +1,4 @@
-"""What the command line prints: tables for people, one JSON object for programs."""
+"""Output of the command line: tables for people, one JSON object for programs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STATE_STYLES = {
 }
 
 
-def stages(entries: list[dict[str, Any]], console: Console) -> None:
+def print_stages(entries: list[dict[str, Any]], console: Console) -> None:
     """One line a stage: state, rows, seconds, and why it ran."""
     table = Table(box=None, padding=(0, 1))
     for name in ("stage", "state"):
@@ -52,25 +52,25 @@ def stages(entries: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
-def outcome(record: Run, recipe: Recipe, saved: SavedModel | None, console: Console) -> None:
+def print_outcome(record: Run, recipe: Recipe, saved: SavedModel | None, console: Console) -> None:
     """Base against tuned, the verdict, and where the results lie."""
-    if numbers := metrics(record.stages, recipe):
+    if numbers := run_figures(record.stages, recipe):
         table = Table(box=None, padding=(0, 1))
         table.add_column("held-out answers")
         for column in MODELS:
             table.add_column(column, justify="right", no_wrap=True)
-        for name, values in comparison(numbers).items():
+        for name, values in comparison_rows(numbers).items():
             table.add_row(name, *values)
         console.print(table)
     if record.verdict is not None:
-        verdict(record.verdict, console)
+        print_verdict(record.verdict, console)
     if saved is not None:
-        console.print(f"model: {link(recipe, saved)}", soft_wrap=True, highlight=False)
+        console.print(f"model: {link_of(recipe, saved)}", soft_wrap=True, highlight=False)
     if saved is not None and (page := report_path(recipe.name)).is_file():
         console.print(f"report: {page}", soft_wrap=True, highlight=False)
 
 
-def comparison(numbers: Mapping[str, Any]) -> dict[str, list[str]]:
+def comparison_rows(numbers: Mapping[str, Any]) -> dict[str, list[str]]:
     """{what: [base, tuned]} as text.
 
     >>> base = {"nll": 2.5, "perplexity": 12.18, "perplexity_low": 11.5, "perplexity_high": 13, "rougeL": 0.25, "chrf": 20}
@@ -92,7 +92,7 @@ def comparison(numbers: Mapping[str, Any]) -> dict[str, list[str]]:
     return rows
 
 
-def verdict(told: Mapping[str, Any], console: Console) -> None:
+def print_verdict(told: Mapping[str, Any], console: Console) -> None:
     """One line, and a line a reason."""
     word, style = ("promoted", "green") if told["promoted"] else ("not promoted", "yellow")
     console.print(f"verdict: [{style}]{word}[/]", highlight=False)
@@ -100,8 +100,8 @@ def verdict(told: Mapping[str, Any], console: Console) -> None:
         console.print(Padding(escape(f"- {reason}"), (0, 0, 0, 2)), highlight=False)
 
 
-def metrics(entries: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any] | None:
-    """What the evaluation measured; for the generated catalogue also how many answers state the facts of their title."""
+def run_figures(entries: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any] | None:
+    """The numbers of the evaluation; for the generated catalogue also how many answers state the facts of their title."""
     evaluated = next((entry for entry in entries if entry["name"] == "evaluate" and "path" in entry), None)
     if evaluated is None:
         return None
@@ -117,24 +117,24 @@ def metrics(entries: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any] | N
     return numbers | right | {"generations": len(said)}
 
 
-def link(recipe: Recipe, saved: SavedModel) -> str:
+def link_of(recipe: Recipe, saved: SavedModel) -> str:
     """Where the user finds the model."""
     return str(home() / "models" / recipe.name / saved.name)
 
 
-def summary(record: Run, recipe: Recipe, saved: SavedModel | None) -> dict[str, Any]:
+def summarize_run(record: Run, recipe: Recipe, saved: SavedModel | None) -> dict[str, Any]:
     """The run as one JSON object; a number that is none is null."""
     names = ("name", "state", "seconds", "rows", "path", "digest", "reason")
     return {
         "stages": [{name: entry.get(name) for name in names} for entry in record.stages],
-        "metrics": _finite(metrics(record.stages, recipe)),
+        "metrics": _finite(run_figures(record.stages, recipe)),
         "verdict": record.verdict,
-        "artifact": link(recipe, saved) if saved else None,
+        "artifact": link_of(recipe, saved) if saved else None,
         "report": str(page) if saved and (page := report_path(recipe.name)).is_file() else None,
     }
 
 
-def plan(found: Plan, console: Console) -> None:
+def print_plan(found: Plan, console: Console) -> None:
     """One line a stage: cached, run or unknown, and why."""
     table = Table(box=None, padding=(0, 1))
     for name in ("stage", "state"):
@@ -146,12 +146,12 @@ def plan(found: Plan, console: Console) -> None:
     console.print(table)
 
 
-def step(item: Step) -> dict[str, Any]:
+def step_as_json(item: Step) -> dict[str, Any]:
     """A planned stage as JSON."""
     return {"name": item.name, "state": item.state, "reason": item.reason, "rows": item.rows, "key": item.key}
 
 
-def findings(found: Iterable[Finding], console: Console) -> None:
+def print_findings(found: Iterable[Finding], console: Console) -> None:
     """One line a check, and below it what to do."""
     table = Table(box=None, padding=(0, 1))
     for name in ("check", "state"):
@@ -163,7 +163,7 @@ def findings(found: Iterable[Finding], console: Console) -> None:
     console.print(table)
 
 
-def inventory(entries: list[Entry], console: Console) -> None:
+def print_inventory(entries: list[Entry], console: Console) -> None:
     """Sizes by kind, then each directory with the runs that refer to it."""
     sizes: dict[str, int] = {}
     for entry in entries:
@@ -181,8 +181,8 @@ def inventory(entries: list[Entry], console: Console) -> None:
     console.print(f"total: {_bytes(sum(sizes.values()))} under {home()}", highlight=False, soft_wrap=True)
 
 
-def removed(entries: list[Entry], console: Console, *, dry_run: bool) -> None:
-    """What gc removed, or would."""
+def print_removed(entries: list[Entry], console: Console, *, dry_run: bool) -> None:
+    """List what gc removed, or would."""
     verb = "would remove" if dry_run else "removed"
     for entry in entries:
         console.print(f"{verb} {entry.path} ({_bytes(entry.size_bytes)})", highlight=False, soft_wrap=True)

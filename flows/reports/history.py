@@ -22,7 +22,7 @@ LAST = re.compile(r"last(?:~(\d+))?")
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differs between two runs; equal values are left out."""
+    """Differences between two runs; equal values are left out."""
 
     first: str
     second: str
@@ -57,8 +57,8 @@ def find_run(name: str, past: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     )
 
 
-def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> Comparison:
-    """What differs between two run records."""
+def compare_runs(first: Mapping[str, Any], second: Mapping[str, Any]) -> Comparison:
+    """Return the differences between two run records."""
     one, other = flat(first["config"]), flat(second["config"])
     metrics = [Results(run).metrics for run in (first, second)]
     tuned = [measured.get("tuned", {}) for measured in metrics]
@@ -172,4 +172,4 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-__all__ = ["Comparison", "compare", "find_run", "first_difference", "listing", "show_comparison", "show_runs", "state"]
+__all__ = ["Comparison", "compare_runs", "find_run", "first_difference", "listing", "show_comparison", "show_runs", "state"]

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.recipes import load_recipe
-from flows.reports.results import Results, flat, read_json
+from flows.reports.results import Results, flat, read_optional_json
+from tasks.caching.context import context
 from tasks.caching.files import write_atomic
-from tasks.caching.runs import Run, current_run
+from tasks.caching.runs import Run
 from tasks.refs import Products, SavedModel, Split, home
 from tasks.reporting import plots
 from tasks.reporting.markdown import number
@@ -42,11 +43,11 @@ def report_path(recipe_name: str) -> Path:
 
 def write_report(recipe: Recipe, saved: SavedModel) -> Path | None:
     """Write the report of the present run; None, and a warning, where that fails: a run does not fail of its report."""
-    run = current_run()
+    run = context().run
     path = report_path(recipe.name)
     try:
         assert run is not None, "a report is of a run"
-        write_atomic(path, render(facts(run, recipe, saved)).encode())
+        write_atomic(path, render(page_facts(run, recipe, saved)).encode())
     except Exception as error:
         logger.warning("report.html could not be written (%s: %s); the run goes on.", type(error).__name__, error)
         logger.debug("report.html", exc_info=True)
@@ -65,11 +66,11 @@ def render(told: Mapping[str, Any]) -> str:
     return environment.get_template(TEMPLATE).render(told)
 
 
-def facts(run: Run, recipe: Recipe, saved: SavedModel) -> dict[str, Any]:
+def page_facts(run: Run, recipe: Recipe, saved: SavedModel) -> dict[str, Any]:
     """Everything that the page shows."""
     record = asdict(run)
     results = Results(record)
-    lineage = read_json(saved.data / "lineage.json")
+    lineage = read_optional_json(saved.data / "lineage.json")
     return {
         "recipe": recipe.name,
         "description": recipe.description,
@@ -79,7 +80,7 @@ def facts(run: Run, recipe: Recipe, saved: SavedModel) -> dict[str, Any]:
         "seconds": time.time() - run.started,
         "verdict": record.get("verdict"),
         "rows": results.metrics.get("rows"),
-        "comparison": comparison(results.metrics),
+        "comparison": compare_figures(results.metrics),
         "difference": results.metrics.get("difference"),
         "buckets": results.metrics.get("buckets", []),
         "plots": drawings(results, recipe),
@@ -88,15 +89,15 @@ def facts(run: Run, recipe: Recipe, saved: SavedModel) -> dict[str, Any]:
         "funnel": funnel(results),
         "stages": [{**entry, "made_in": results.seconds(entry)} for entry in results.stages],
         "digests": _digests(saved, lineage),
-        "config": settings(recipe),
+        "config": compared_settings(recipe),
         "environment": {**lineage.get("versions", {}), **_plain(results.resolved)},
     }
 
 
-def comparison(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+def compare_figures(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each figure that both models have, with its interval and whether the tuned one is better.
 
-    >>> comparison({"base": {"nll": 2.5, "chrf": 9.0}, "tuned": {"nll": 0.5, "nll_low": 0.4, "nll_high": 0.6}})
+    >>> compare_figures({"base": {"nll": 2.5, "chrf": 9.0}, "tuned": {"nll": 0.5, "nll_low": 0.4, "nll_high": 0.6}})
     [{'name': 'nats per token', 'better': 'lower', 'base': (2.5, None, None), 'tuned': (0.5, 0.4, 0.6), 'gained': True}]
     """
     base, tuned = metrics.get("base", {}), metrics.get("tuned", {})
@@ -221,7 +222,7 @@ def _trained_on(results: Results) -> tuple[int, str]:
     return min(seen, there), f"{seen / max(there, 1):.2f} epochs, {tokens:,} tokens"
 
 
-def settings(recipe: Recipe) -> list[tuple[str, Any, Any, bool]]:
+def compared_settings(recipe: Recipe) -> list[tuple[str, Any, Any, bool]]:
     """(key, value, the value of recipe `default`, whether they differ), those that differ first."""
     own, default = flat(recipe.model_dump(mode="json")), flat(load_recipe("default").model_dump(mode="json"))
     rows = [(key, own.get(key), default.get(key), own.get(key) != default.get(key)) for key in {**own, **default}]
@@ -236,7 +237,7 @@ def _digests(saved: SavedModel, lineage: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _plain(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """What the training was decided to be, but for versions, which the lineage has."""
+    """Resolved settings of the training, but for versions, which the lineage has."""
     return {f"training: {key.replace('_', ' ')}": value for key, value in flat(resolved).items() if "versions." not in key}
 
 

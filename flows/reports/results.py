@@ -1,4 +1,4 @@
-"""What the stages of a run made, read from their records: for all that tells of a run after it.
+"""Results of the stages of a run, read from their records: for all that tells of a run after it.
 
 Results(run)    .value("tokenize", Split)        the reference that the stage returned
                 .metrics, .generations           what the evaluation measured, what both models said
@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from tasks.caching import runs
+from tasks.caching.stage import Made
 from tasks.refs import Adapter, Artifact, Evaluation, Split, home
 from tasks.reporting.markdown import pieces
+from tasks.tables.arrow import list_lengths, read_table
 
 R = TypeVar("R", bound=BaseModel)
 Row = list[tuple[str, bool]]
@@ -44,16 +45,13 @@ class Results:
 
     def value(self, name: str, returns: type[R]) -> R | None:
         """The reference that a stage returned; None when its record or its files were removed."""
-        entry = self.entry(name)
-        file = home() / "records" / entry["key"] if entry else None
-        if file is None or not file.is_file():
-            return None
-        return returns.model_validate_json(json.loads(file.read_bytes())["result"])
+        record = _record(self.entry(name))
+        return Made.from_json(record, returns).value if record else None
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
         """metrics.json; empty without an evaluation or without held-out rows."""
-        found = read_json(_file(self.value("evaluate", Evaluation), "metrics.json"))
+        found = read_optional_json(_file(self.value("evaluate", Evaluation), "metrics.json"))
         return found if found.get("rows") else {}
 
     @cached_property
@@ -68,8 +66,8 @@ class Results:
 
     @cached_property
     def resolved(self) -> dict[str, Any]:
-        """What the training was decided to be: device, number types, versions."""
-        return read_json(self._log("resolved.json"))
+        """resolved.json: the training's device, number types, versions."""
+        return read_optional_json(self._log("resolved.json"))
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -86,21 +84,23 @@ class Results:
         """How long the making of a stage's output took, in this run or in the one that made it."""
         if entry["state"] != "cached":
             return entry.get("seconds")
-        made = (other for past in runs.past_runs() for other in past["stages"] if other["key"] == entry["key"])
-        return next((other.get("seconds") for other in made if other["state"] == "completed"), None)
+        record = _record(entry)
+        return json.loads(record)["seconds"] if record else None
 
     def _log(self, name: str) -> Path | None:
         adapter = self.value("finetune", Adapter)
         return adapter.log / name if adapter is not None else None
 
 
+def _record(entry: Mapping[str, Any] | None) -> str | None:
+    """The record that a stage call left, as Prefect wraps it."""
+    file = home() / "records" / entry["key"] if entry else None
+    return json.loads(file.read_bytes())["result"] if file is not None and file.is_file() else None
+
+
 def row_lengths(tokens: Artifact) -> list[int]:
     """Tokens of each row of tokens.arrow."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    with pa.memory_map(str(tokens / "tokens.arrow")) as source, pa.ipc.open_stream(source) as reader:
-        return [length for batch in reader for length in pc.list_value_length(batch["input_ids"]).to_pylist()]
+    return list_lengths(read_table(tokens / "tokens.arrow")["input_ids"]).tolist()
 
 
 def marked_rows(tokens: Artifact, tokenizer: Path, rows: int) -> list[Row]:
@@ -116,7 +116,7 @@ def marked_rows(tokens: Artifact, tokenizer: Path, rows: int) -> list[Row]:
     return [[(backend.decode(ids, skip_special_tokens=False), trained) for ids, trained in row] for row in parts]
 
 
-def read_json(file: Path | None) -> dict[str, Any]:
+def read_optional_json(file: Path | None) -> dict[str, Any]:
     """A JSON file's object; empty if it is not there."""
     return json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
 
@@ -144,4 +144,4 @@ def _file(value: Evaluation | None, name: str) -> Path | None:
     return value.data / name if value is not None else None
 
 
-__all__ = ["Results", "Row", "flat", "marked_rows", "read_json", "read_lines", "row_lengths"]
+__all__ = ["Results", "Row", "flat", "marked_rows", "read_lines", "read_optional_json", "row_lengths"]

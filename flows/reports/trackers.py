@@ -1,49 +1,71 @@
-"""Tells an experiment tracker of a finished run: settings, every step, the evaluation, lineage digests, files.
+"""Experiment trackers: told of a run's settings as it begins, of each logged step while it trains, of the rest at its end.
 
-A run never fails of it, and nothing of it is part of a stage: what it tells is read from the run's record, so a run that
-was served from the cache is told as one that trained.
+A tracker is an observer of a run on a thread of its own, so it can neither stop nor slow a training. A training on a worker
+tells of its steps itself, under the run that it trains for. A run whose training is served from the cache tells of its steps
+from their log, as one that trained.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from flows.reports.results import Results, flat
+from flows.reports.results import Results, flat, read_lines
 from flows.running.naming import run_name
-from tasks.caching.runs import current_run
-from tasks.refs import ConfigError, SavedModel, home
+from tasks.caching.events import Event, ModelSaved, RunBegan, RunEnded, StageEnded, StepsLogged, TrainingLeft
+from tasks.refs import Adapter, ConfigError, home
 
 if TYPE_CHECKING:
     from tasks.config import Recipe, TrackingConfig
 
-logger = logging.getLogger(__name__)
-
 STEP_FIGURES = ("loss", "grad_norm", "learning_rate", "tokens", "memory_gib", "held_out_loss")
 FILES = ("README.md", "lineage.json", "metrics.json", "recipe.yaml", "generations.jsonl")
 
+Steps = Sequence[tuple[int, Mapping[str, float]]]
+"""(step, figures), steps from 1."""
+
 
 @dataclass(frozen=True)
-class Told:
-    """What a tracker is told of a run."""
+class TrackedRun:
+    """A run as a tracker lists it."""
 
+    id: str
     name: str
-    run: str
-    params: dict[str, Any]
-    steps: list[tuple[int, dict[str, float]]]
-    """(step, figures), steps from 1."""
-    metrics: dict[str, float]
+    params: Mapping[str, Any]
+    config: TrackingConfig
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run's results as a tracker is told of them."""
+
+    metrics: Mapping[str, float]
     """Such as base.nll."""
-    digests: dict[str, str]
+    digests: Mapping[str, str]
     """{stage: SHA-256 of its output}."""
-    files: list[Path]
+    files: Sequence[Path]
+
+
+class Tracker(Protocol):
+    """A run in an experiment tracker: begun, or gone on with where the run's id is there already."""
+
+    def log(self, steps: Steps) -> None:
+        """Add steps."""
+        ...
+
+    def conclude(self, outcome: Outcome) -> None:
+        """Add what came of the run."""
+        ...
+
+    def end(self, state: str) -> None:
+        """Mark the run as `FINISHED` or `FAILED`."""
+        ...
 
 
 def check_tracking(config: TrackingConfig) -> None:
@@ -57,112 +79,217 @@ def check_tracking(config: TrackingConfig) -> None:
         raise ConfigError(f"tracking.report_to: {name} is not installed; expected its library. pip install 'amazon-ft[{name}]'.")
 
 
-def track(recipe: Recipe, saved: SavedModel, page: Path | None) -> None:
-    """Tell the recipe's tracker of the present run; a warning where that fails."""
-    config, run = recipe.tracking, current_run()
-    if config.report_to == "none" or run is None:
-        return
-    tell = {"mlflow": tell_mlflow, "tensorboard": tell_tensorboard, "trackio": tell_trackio, "wandb": tell_wandb}
-    try:
+@dataclass
+class Tracking:
+    """Tells the recipe's tracker of a run."""
+
+    recipe: Recipe
+    run: str | None = None
+    """The run that this one trains for, by its id."""
+    _tracker: Tracker | None = None
+    _told: set[int] = field(default_factory=set[int])
+    _left: bool = False
+
+    def hear(self, event: Event) -> None:
+        """Pass on what a tracker keeps."""
         with redirect_stdout(sys.stderr):  # standard output is for the one who called
-            tell[config.report_to](gather(asdict(run), recipe, saved, page), config)
-    except Exception as error:
-        logger.warning("%s could not be told of this run (%s: %s).", config.report_to, type(error).__name__, error)
-        logger.debug("tracking", exc_info=True)
-        return
-    logger.info("%s was told of this run.", config.report_to)
+            match event:
+                case RunBegan(run=run):
+                    params = flat(self.recipe.model_dump(mode="json", exclude={"tracking"}))
+                    tracked = TrackedRun(self.run or run.id, run_name(self.recipe), params, self.recipe.tracking)
+                    self._tracker = TRACKERS[self.recipe.tracking.report_to](tracked)
+                case StepsLogged(records=records):
+                    self._log(records)
+                case TrainingLeft():
+                    self._left = True
+                case StageEnded(value=Adapter(log=log)) if not self._left:
+                    self._log(read_lines(log / "train_log.jsonl"))
+                case ModelSaved() if self._tracker is not None:
+                    self._tracker.conclude(gather(event))
+                case RunEnded(run=run) if self._tracker is not None and self.run is None:
+                    self._tracker.end("FINISHED" if run.finished else "FAILED")
+                case _:
+                    pass
+
+    def close(self) -> None:
+        """The tracker keeps what it was told."""
+
+    def _log(self, records: Iterable[Mapping[str, Any]]) -> None:
+        new = [record for record in records if record["step"] not in self._told]
+        if new and self._tracker is not None:
+            self._tracker.log([(record["step"], step_figures(record)) for record in new])
+            self._told.update(record["step"] for record in new)
 
 
-def gather(record: Mapping[str, Any], recipe: Recipe, saved: SavedModel, page: Path | None) -> Told:
-    """What there is to tell of a run's record."""
-    results = Results(record)
-    files = [saved.data / name for name in FILES]
-    return Told(
-        name=run_name(recipe),
-        run=record["id"],
-        params=flat(recipe.model_dump(mode="json", exclude={"tracking"})),
-        steps=[
-            (line["step"], {name: line[name] for name in STEP_FIGURES if line.get(name) is not None}) for line in results.training
-        ],
-        metrics={name: value for name, value in flat(_means(results.metrics)).items() if isinstance(value, (int, float))},
+def step_figures(record: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a line of train_log.jsonl that a tracker keeps.
+
+    >>> step_figures({"step": 3, "loss": 1.5, "held_out_loss": None, "seconds": 9.0})
+    {'loss': 1.5}
+    """
+    return {name: record[name] for name in STEP_FIGURES if record.get(name) is not None}
+
+
+def gather(told: ModelSaved) -> Outcome:
+    """Return what there is to tell of a run whose model is saved."""
+    results = Results(asdict(told.run))
+    files = [*(told.saved.data / name for name in FILES), *([told.page] if told.page else [])]
+    kept = ("rows", "tokens", "base", "tuned", "difference")
+    figures = {name: results.metrics[name] for name in kept if name in results.metrics}
+    return Outcome(
+        metrics={name: value for name, value in flat(figures).items() if isinstance(value, (int, float))},
         digests={entry["name"]: entry["digest"] for entry in results.stages if "digest" in entry},
-        files=[file for file in [*files, *([page] if page else [])] if file.is_file()],
+        files=[file for file in files if file.is_file()],
     )
 
 
-def _means(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: metrics[name] for name in ("rows", "tokens", "base", "tuned", "difference") if name in metrics}
-
-
-def tell_mlflow(told: Told, config: TrackingConfig) -> None:
+class MlflowTracker:
     """An mlflow run; by default in SQLite, its files beside it."""
-    from mlflow.entities import Metric, Param, RunTag
-    from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(tracking_uri=config.uri or f"sqlite:///{_place('mlflow') / 'mlflow.db'}")
-    found = client.get_experiment_by_name(config.project)
-    location = None if config.uri else (_place("mlflow") / "artifacts").as_uri()
-    experiment = found.experiment_id if found else client.create_experiment(config.project, artifact_location=location)
-    run = client.create_run(experiment, run_name=told.name).info
-    now = run.start_time
-    steps = [Metric(name, value, now, step) for step, figures in told.steps for name, value in figures.items()]
-    figures = [*steps, *(Metric(name, value, now, 0) for name, value in told.metrics.items())]
-    params = [Param(name, str(value)[:6000]) for name, value in told.params.items()]
-    tags = [RunTag("amazon_ft.run", told.run), *(RunTag(f"digest.{name}", digest) for name, digest in told.digests.items())]
-    client.log_batch(run.run_id, params=params[:100], tags=tags)
-    for start in range(100, len(params), 100):  # so many at a time are allowed
-        client.log_batch(run.run_id, params=params[start : start + 100])
-    for start in range(0, len(figures), 1000):
-        client.log_batch(run.run_id, metrics=figures[start : start + 1000])
-    for file in told.files:
-        client.log_artifact(run.run_id, str(file))
-    client.set_terminated(run.run_id)
+    def __init__(self, run: TrackedRun) -> None:
+        from mlflow.entities import Param, RunTag
+        from mlflow.tracking import MlflowClient
+
+        config, place = run.config, place_of("mlflow")
+        self._client = client = MlflowClient(tracking_uri=config.uri or f"sqlite:///{place / 'mlflow.db'}")
+        found = client.get_experiment_by_name(config.project)
+        location = None if config.uri else (place / "artifacts").as_uri()
+        experiment = found.experiment_id if found else client.create_experiment(config.project, artifact_location=location)
+        there = client.search_runs([experiment], f"tags.`amazon_ft.run` = '{run.id}'")
+        self._run = there[0].info.run_id if there else client.create_run(experiment, run_name=run.name).info.run_id
+        if there:
+            return
+        client.log_batch(self._run, tags=[RunTag("amazon_ft.run", run.id)])
+        params = [Param(name, str(value)[:6000]) for name, value in run.params.items()]
+        for start in range(0, len(params), 100):  # so many at a time are allowed
+            client.log_batch(self._run, params=params[start : start + 100])
+
+    def log(self, steps: Steps) -> None:
+        """Add steps, as many at a time as are allowed."""
+        self._log([(name, value, step) for step, figures in steps for name, value in figures.items()])
+
+    def conclude(self, outcome: Outcome) -> None:
+        """Add metrics, digests as tags, files as artifacts."""
+        from mlflow.entities import RunTag
+
+        self._log([(name, value, 0) for name, value in outcome.metrics.items()])
+        self._client.log_batch(self._run, tags=[RunTag(f"digest.{name}", value) for name, value in outcome.digests.items()])
+        for file in outcome.files:
+            self._client.log_artifact(self._run, str(file))
+
+    def end(self, state: str) -> None:
+        """Give the run its status."""
+        self._client.set_terminated(self._run, state)
+
+    def _log(self, figures: Sequence[tuple[str, float, int]]) -> None:
+        import time
+
+        from mlflow.entities import Metric
+
+        metrics = [Metric(name, value, int(1000 * time.time()), step) for name, value, step in figures]
+        for start in range(0, len(metrics), 1000):
+            self._client.log_batch(self._run, metrics=metrics[start : start + 1000])
 
 
-def tell_tensorboard(told: Told, config: TrackingConfig) -> None:
-    """An event file in a directory of the run's own."""
-    from torch.utils.tensorboard import SummaryWriter
+class TensorboardTracker:
+    """Event files in a directory of the run's own; each line can be read as soon as it is told."""
 
-    with SummaryWriter(Path(config.uri) / told.run if config.uri else _place("tensorboard") / told.run) as writer:
-        for step, figures in told.steps:
+    def __init__(self, run: TrackedRun) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(Path(run.config.uri) / run.id if run.config.uri else place_of("tensorboard") / run.id)
+        self._write_text("config", run.params)
+
+    def log(self, steps: Steps) -> None:
+        """Add steps."""
+        for step, figures in steps:
             for name, value in figures.items():
-                writer.add_scalar(f"train/{name}", value, step)
-        for name, value in told.metrics.items():
-            writer.add_scalar(f"evaluation/{name.replace('.', '/')}", value, 0)
-        for title, rows in (("config", told.params), ("digests", told.digests)):
-            writer.add_text(title, "\n".join(f"    {key}: {value}" for key, value in rows.items()))
+                self._writer.add_scalar(f"train/{name}", value, step)
+        self._writer.flush()
+
+    def conclude(self, outcome: Outcome) -> None:
+        """Add metrics and digests; files have no place in it."""
+        for name, value in outcome.metrics.items():
+            self._writer.add_scalar(f"evaluation/{name.replace('.', '/')}", value, 0)
+        self._write_text("digests", outcome.digests)
+
+    def end(self, state: str) -> None:
+        """Close the files."""
+        del state
+        self._writer.close()
+
+    def _write_text(self, title: str, rows: Mapping[str, Any]) -> None:
+        self._writer.add_text(title, "\n".join(f"    {key}: {value}" for key, value in rows.items()))
 
 
-def tell_wandb(told: Told, config: TrackingConfig) -> None:
+class WandbTracker:
     """A wandb run, where WANDB_MODE and WANDB_API_KEY say."""
-    import wandb  # pyright: ignore[reportMissingImports]  # the extra `wandb`
 
-    run = wandb.init(project=config.project, name=told.name, config=told.params, dir=_place("wandb"))
-    for step, figures in told.steps:
-        run.log(figures, step=step)
-    run.summary.update({**told.metrics, **{f"digest.{name}": digest for name, digest in told.digests.items()}})
-    for file in told.files:
-        run.save(file, base_path=file.parent, policy="now")
-    run.finish()
+    def __init__(self, run: TrackedRun) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]  # the extra `wandb`
+
+        named = {"project": run.config.project, "name": run.name, "id": run.id, "resume": "allow"}
+        self._run = wandb.init(config=dict(run.params), dir=place_of("wandb"), **named)
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, steps: Steps) -> None:
+        """Add steps."""
+        for step, figures in steps:
+            self._run.log({"step": step, **figures})
+
+    def conclude(self, outcome: Outcome) -> None:
+        """Add metrics and digests to the summary, and files."""
+        self._run.summary.update({**outcome.metrics, **_digests(outcome)})
+        for file in outcome.files:
+            self._run.save(file, base_path=file.parent, policy="now")
+
+    def end(self, state: str) -> None:
+        """Finish the run."""
+        self._run.finish(exit_code=int(state != "FINISHED"))
 
 
-def tell_trackio(told: Told, config: TrackingConfig) -> None:
+class TrackioTracker:
     """A trackio run, local unless TRACKIO_SPACE_ID says otherwise; files have no place in it."""
-    os.environ.setdefault("TRACKIO_DIR", str(_place("trackio")))
-    import trackio  # pyright: ignore[reportMissingImports]  # the extra `trackio`
 
-    digests = {f"digest.{name}": digest for name, digest in told.digests.items()}
-    trackio.init(project=config.project, name=f"{told.name} {told.run}", config={**told.params, **digests})
-    for step, figures in told.steps:
-        trackio.log(figures, step=step)
-    trackio.log(told.metrics)
-    trackio.finish()
+    def __init__(self, run: TrackedRun) -> None:
+        os.environ.setdefault("TRACKIO_DIR", str(place_of("trackio")))
+        import trackio  # pyright: ignore[reportMissingImports]  # the extra `trackio`
+
+        self._trackio: Any = trackio
+        trackio.init(project=run.config.project, name=f"{run.name} {run.id}", config=dict(run.params), resume="allow")
+
+    def log(self, steps: Steps) -> None:
+        """Add steps."""
+        for step, figures in steps:
+            self._trackio.log(dict(figures), step=step)
+
+    def conclude(self, outcome: Outcome) -> None:
+        """Add metrics and digests."""
+        self._trackio.log({**outcome.metrics, **_digests(outcome)})
+
+    def end(self, state: str) -> None:
+        """Finish the run."""
+        del state
+        self._trackio.finish()
 
 
-def _place(name: str) -> Path:
-    path = home() / "tracking" / name
+TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
+    "mlflow": MlflowTracker,
+    "tensorboard": TensorboardTracker,
+    "trackio": TrackioTracker,
+    "wandb": WandbTracker,
+}
+
+
+def place_of(tracker: str) -> Path:
+    """A tracker's own directory under AMAZON_FT_HOME."""
+    path = home() / "tracking" / tracker
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
-__all__ = ["Told", "check_tracking", "gather", "track"]
+def _digests(outcome: Outcome) -> dict[str, str]:
+    return {f"digest.{name}": digest for name, digest in outcome.digests.items()}
+
+
+__all__ = ["TRACKERS", "Outcome", "TrackedRun", "Tracker", "Tracking", "check_tracking", "gather", "place_of", "step_figures"]

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from flows.reports.ui import current_board
 from flows.running.naming import run_name, run_tags
-from flows.server.deploy import TRAINING, online_workers
+from flows.running.pools import TRAINING, online_workers
+from tasks.caching.context import context, tell
+from tasks.caching.events import Noticed, TrainingLeft
 from tasks.config import Recipe
 from tasks.refs import PipelineError, Prepared, home
 
@@ -38,7 +39,7 @@ class ChildError(PipelineError):
         self.state = state
 
 
-def run_child(recipe: Recipe, prepared: Prepared, until: str | None) -> None:
+def run_child(recipe: Recipe, prepared: Prepared) -> None:
     """Run amazon-ft-train as a deployment, nested below the present flow run, and wait for it.
 
     Whatever ends the waiting, also cancels it.
@@ -48,10 +49,16 @@ def run_child(recipe: Recipe, prepared: Prepared, until: str | None) -> None:
     """
     from prefect.deployments import run_deployment
 
-    parameters = {"recipe": recipe, "prepared": prepared}
-    plain = {name: value.model_dump(mode="json") for name, value in parameters.items()} | {"until": until}
+    present = context()
+    plain = {
+        "recipe": recipe.model_dump(mode="json"),
+        "prepared": prepared.model_dump(mode="json"),
+        "until": present.until,
+        "run": present.run.id if present.run else None,
+    }
     run: FlowRun = run_deployment(TRAINING, parameters=plain, timeout=0, flow_run_name=run_name(recipe), tags=run_tags(recipe))  # pyright: ignore[reportAssignmentType]  # synchronous here
     logger.info("finetune, baseline and evaluate run as amazon-ft-train '%s'.", run.name)
+    tell(TrainingLeft(run.name))
     try:
         state = _wait(run.id)
     except BaseException:
@@ -63,15 +70,15 @@ def run_child(recipe: Recipe, prepared: Prepared, until: str | None) -> None:
 
 def _wait(run: UUID) -> State[Any]:
     """The final state of a flow run; the server may be away for a while."""
-    missing = Missing()
+    absent = AbsentWorker()
     while True:
         state = _read_state(run)
         if state is not None and state.is_final():
             return state
         if state is not None and state.is_scheduled():
-            missing.look()
+            absent.look()
         elif state is not None:
-            missing.found()
+            absent.found()
         time.sleep(POLL_SECONDS)
 
 
@@ -86,7 +93,7 @@ def _read_state(run: UUID) -> State[Any] | None:
         return None
 
 
-class Missing:
+class AbsentWorker:
     """Says, once, that no worker serves the pool, and which command starts one; and when one is there."""
 
     def __init__(self) -> None:
@@ -105,22 +112,19 @@ class Missing:
             return
         if not online:
             self._told = True
-            logger.warning("No worker of work pool %s is online; the training waits for one:\n%s", pool, command(pool))
-            text = f"No worker of work pool `{pool}` is online. Where the GPU is:\n\n```bash\n{command(pool)}\n```\n"
-            self._show("no worker is online", f"# The training waits\n\n{text}")
+            logger.warning("No worker of work pool %s is online; the training waits for one:\n%s", pool, shell_commands(pool))
+            text = f"No worker of work pool `{pool}` is online. Where the GPU is:\n\n```bash\n{shell_commands(pool)}\n```\n"
+            tell(Noticed("worker", "no worker is online", f"# The training waits\n\n{text}"))
 
     def found(self) -> None:
         """A worker has taken the run."""
         if self._told:
             self._told = False
-            self._show("a worker has taken the training", "# The training has begun\n\nA worker is online now.\n")
-
-    def _show(self, description: str, text: str) -> None:
-        if (board := current_board()) is not None:
-            board.show("worker", description, lambda: text)
+            text = "# The training has begun\n\nA worker is online now.\n"
+            tell(Noticed("worker", "a worker has taken the training", text))
 
 
-def command(pool: str) -> str:
+def shell_commands(pool: str) -> str:
     """The shell commands that start a worker of a pool for this server and this root."""
     from prefect.settings import get_current_settings
 

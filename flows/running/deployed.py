@@ -61,7 +61,7 @@ def outlive_worker() -> None:
 
 @contextmanager
 def supervised() -> Generator[None]:
-    """What a deployed flow needs around its body; nothing for one that runs in its caller's process.
+    """Surround the body of a deployed flow with what it needs; with nothing for one that runs in its caller's process.
 
     Raises:
         WorkerGone: when the worker was killed; the flow run becomes Crashed with these words.

@@ -19,8 +19,9 @@ from typing import IO, Literal, cast
 from packaging.requirements import Requirement
 
 from flows.running.gpus import visible_gpus
-from flows.server.deploy import CPU_POOL, CUDA_POOL, online_workers
-from tasks.caching.stage import Unknown, planning
+from flows.running.pools import CPU_POOL, CUDA_POOL, online_workers
+from tasks.caching.context import planning
+from tasks.caching.plans import Unknown
 from tasks.config import Recipe
 from tasks.model import SMOLLM2, WHEEL, base_model
 from tasks.reading.sources import URL, locate_source
@@ -41,7 +42,7 @@ State = Literal["ok", "missing", "note"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found; `missing` fails the run, `note` does not."""
+    """The outcome of one check; `missing` fails the run, `note` does not."""
 
     check: str
     state: State
@@ -65,7 +66,7 @@ def _versions(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _unmet(requirement: Requirement, recipe: Recipe) -> str | None:
-    """What is wrong with a requirement that counts for the recipe: its extras but `cuda` never do."""
+    """The fault of a requirement that counts for the recipe, if any: its extras but `cuda` never do."""
     extra = "cuda" if recipe.finetune.backend == "unsloth" and "unsloth" in requirement.name else ""
     if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
         return None

@@ -1,4 +1,4 @@
-"""What lies under AMAZON_FT_HOME, which runs refer to it, and what may be removed."""
+"""The content of AMAZON_FT_HOME, which runs refer to it, and what may be removed."""
 
 from __future__ import annotations
 

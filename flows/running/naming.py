@@ -1,16 +1,13 @@
-"""What a run is called: recipe, sample size, and a short digest that tells two configurations apart."""
+"""Names of runs: recipe, sample size, and a short digest that tells two configurations apart."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from typing import Any
 
-from flows.recipes import build_recipe
 from tasks.caching.identity import canonical
 from tasks.config import Recipe
-from tasks.refs import ConfigError
 
 DIGITS = 8
 
@@ -30,18 +27,13 @@ def run_tags(recipe: Recipe) -> list[str]:
     return ["amazon-ft", recipe.name, f"{recipe.sample.rows:,} rows", short_digest(recipe)]
 
 
-def name_run() -> str:
-    """Prefect's flow_run_name of both flows; of a recipe that is wrong only its name."""
+def recipe_name() -> str:
+    """Prefect's flow_run_name of both flows, until the run is open and named in whole (flows/reports/ui.py)."""
     from prefect.runtime import flow_run
 
     parameters: dict[str, Any] = flow_run.parameters
     settings: Any = parameters.get("config") or parameters.get("recipe")
-    overrides: Iterable[str] = parameters.get("overrides") or ()
-    plain = settings.model_dump(mode="json") if isinstance(settings, Recipe) else json.loads(json.dumps(settings))
-    try:
-        return run_name(build_recipe(plain, overrides))
-    except ConfigError:
-        return str(plain.get("name", "amazon-ft"))
+    return settings.name if isinstance(settings, Recipe) else str(settings.get("name", "amazon-ft"))
 
 
-__all__ = ["name_run", "run_name", "run_tags", "short_digest"]
+__all__ = ["recipe_name", "run_name", "run_tags", "short_digest"]

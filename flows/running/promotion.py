@@ -7,7 +7,8 @@ import logging
 from contextlib import suppress
 from pathlib import Path
 
-from tasks.caching import locks, runs
+from tasks.caching import locks
+from tasks.caching.context import context
 from tasks.config import PROMOTED, Recipe
 from tasks.evaluation.verdict import Candidate, Verdict, judge
 from tasks.refs import SavedModel, home
@@ -28,7 +29,7 @@ def promote(saved: SavedModel, recipe: Recipe) -> Verdict:
         verdict = judge(_candidate(saved.data.path), _promoted(recipe.name), recipe.promote)
         if verdict.promoted:
             publish_link(saved, recipe.name, PROMOTED)
-    if (run := runs.current_run()) is not None:
+    if (run := context().run) is not None:
         run.verdict = verdict.model_dump(mode="json")
     logger.info("%s: %s", "promoted" if verdict.promoted else "not promoted", "; ".join(verdict.reasons))
     return verdict

@@ -23,9 +23,9 @@ import psutil
 
 LOOK_SECONDS = 0.5
 RUN_SECONDS = 40
-"""What flow runs get to end in."""
+"""For flow runs to end in."""
 END_SECONDS = 10
-"""What Prefect's own process gets then."""
+"""For Prefect's own process, after them."""
 INNER = "inner"
 
 
@@ -106,13 +106,8 @@ def _run_inner(parent: int, command: list[str]) -> None:
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 
 
-def main(parent: int, command: list[str]) -> None:
-    """Supervise, or be supervised."""
-    if command[0] == INNER:
-        _run_inner(parent, command[1:])
-    else:
-        sys.exit(supervise(parent, command))
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    if sys.argv[2] == INNER:
+        _run_inner(int(sys.argv[1]), sys.argv[3:])
+    else:
+        sys.exit(supervise(int(sys.argv[1]), sys.argv[2:]))

@@ -1,4 +1,4 @@
-"""What a server must know before it can run anything: the work pools, the deployments, the automation against zombies.
+"""All that a server must know before it can run anything: the work pools, the deployments, the automation against zombies.
 
 `amazon-ft deploy` for a server that is there; `amazon-ft up` starts one and calls the same. The functions without an
 underscore at the top are the steps of deployments/prefect.yaml.
@@ -15,11 +15,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import yaml
 
 from flows.recipes import SHIPPED, load_recipe, shipped_names
 from flows.running.bars import hide_bars
+from flows.running.pools import CPU_POOL, CUDA_POOL
 from tasks.caching.files import text_digest
 from tasks.refs import ConfigError, PipelineError
 
@@ -34,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 DEPLOYMENTS = SHIPPED.parent
 PREFECT_FILE = DEPLOYMENTS / "prefect.yaml"
-TRAINING = "amazon-ft-train/cuda"
-CPU_POOL, CUDA_POOL = "cpu", "cuda"
 SEAL = "$comment"
 """Where the variables of a job template, a JSON Schema, hold the digest of what we wrote; who reads the schema passes it over."""
 
@@ -126,7 +124,7 @@ def _switched_on() -> dict[UUID, list[DeploymentSchedule]]:
 
 
 def _switch_on(before: Mapping[UUID, list[DeploymentSchedule]]) -> None:
-    """What was on is on again: the file's schedule if it is the same, else one of its own."""
+    """Switch on again what was on: the file's schedule if it is the same, else one of its own."""
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
@@ -144,22 +142,6 @@ def template_of(pools: PoolType, name: str) -> Path:
     """The job template of a pool; processes need no other one for a GPU."""
     stem = pools.value if pools is PoolType.PROCESS else f"{pools}-{name}"
     return DEPLOYMENTS / "pools" / f"{stem}.json"
-
-
-def online_workers(pool: str) -> list[str]:
-    """Names of the workers that poll a pool now; none when there is no such pool."""
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import WorkerFilter, WorkerFilterStatus
-    from prefect.client.schemas.objects import WorkerStatus
-
-    online = WorkerFilter(status=WorkerFilterStatus(any_=[WorkerStatus.ONLINE]))
-    with get_client(sync_client=True) as client:
-        try:
-            return [worker.name for worker in client.read_workers_for_work_pool(pool, worker_filter=online)]
-        except httpx.HTTPStatusError as error:
-            if error.response.status_code != 404:
-                raise
-            return []
 
 
 def _set_up_pool(client: SyncPrefectClient, name: str, pools: PoolType, limit: int | None, *, overwrite: bool) -> None:

@@ -107,7 +107,7 @@ def _end_with(parent: int) -> None:
     os._exit(0)
 
 
-def main(port: int, parent: int) -> None:
+def serve_api(port: int, parent: int) -> None:
     """Serve Prefect's API on a port of the loopback interface until the parent is gone."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     import uvicorn
@@ -118,4 +118,4 @@ def main(port: int, parent: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    serve_api(int(sys.argv[1]), int(sys.argv[2]))

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from flows.running import supervisor
 from flows.running.gpus import Gpu, visible_gpus
+from flows.running.pools import CPU_POOL, CUDA_POOL, online_workers
 from flows.server import deploy
 from flows.server.ephemeral import end, wait_until_healthy
 from tasks.refs import ConfigError, PipelineError, home
@@ -30,12 +31,12 @@ from tasks.refs import ConfigError, PipelineError, home
 ONLINE_SECONDS = 180
 WORKER_SECONDS, SERVER_SECONDS = supervisor.RUN_SECONDS + 2 * supervisor.END_SECONDS, 2 * supervisor.END_SECONDS
 STAY_SECONDS = 10
-"""What ends earlier than this after its start would do so again."""
+"""A process that ends earlier than this after its start would do so again."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the command line asks for."""
+class UpOptions:
+    """Options of the command."""
 
     host: str = "127.0.0.1"
     port: int = 4200
@@ -60,7 +61,7 @@ class Started:
 
 @dataclass
 class Processes:
-    """What was started, in order: the server, the worker of pool cpu, those of pool cuda."""
+    """The processes that were started, in order: the server, the worker of pool cpu, those of pool cuda."""
 
     env: dict[str, str]
     started: dict[str, Started] = field(default_factory=dict[str, Started])
@@ -110,7 +111,7 @@ def log_of(name: str) -> Path:
     return home() / "logs" / f"{name}.log"
 
 
-def run(options: Options, console: Console) -> None:
+def run_until_interrupted(options: UpOptions, console: Console) -> None:
     """Start everything, say how to use it, and stay until interrupted.
 
     Raises:
@@ -133,8 +134,8 @@ def run(options: Options, console: Console) -> None:
                 time.sleep(1)
 
 
-def environment(options: Options) -> dict[str, str]:
-    """What server, workers and flow runs share."""
+def environment(options: UpOptions) -> dict[str, str]:
+    """Variables that server, workers and flow runs share."""
     shared = {
         "PREFECT_API_URL": f"{options.url}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -150,13 +151,13 @@ def environment(options: Options) -> dict[str, str]:
     return shared | {name: url for name, url in other.items() if url}
 
 
-def _api_for_browsers(options: Options) -> str | None:
+def _api_for_browsers(options: UpOptions) -> str | None:
     """Where the interface on another machine finds the API; None if only this machine is listened to."""
     return f"http://{socket.getfqdn()}:{options.port}/api" if options.host == "0.0.0.0" else None
 
 
 @contextmanager
-def _processes(options: Options) -> Generator[Processes]:
+def _processes(options: UpOptions) -> Generator[Processes]:
     processes = Processes({**os.environ, **environment(options)})
     try:
         yield processes
@@ -164,21 +165,21 @@ def _processes(options: Options) -> Generator[Processes]:
         processes.stop()
 
 
-def server_command(options: Options) -> list[str]:
+def server_command(options: UpOptions) -> list[str]:
     """The arguments of `prefect` that start the server."""
     return ["server", "start", "--host", options.host, "--port", str(options.port), "--ui" if options.ui else "--no-ui"]
 
 
 def _start_workers(processes: Processes, gpus: Sequence[Gpu]) -> dict[str, str]:
     """One worker for the parent flows, and one to a GPU; {worker: pool}."""
-    processes.start("cpu-0", *worker_command("cpu-0", deploy.CPU_POOL))
+    processes.start("cpu-0", *worker_command("cpu-0", CPU_POOL))
     for number, gpu in enumerate(gpus):
-        limited = worker_command(f"cuda-{number}", deploy.CUDA_POOL, "--limit", "1")
+        limited = worker_command(f"cuda-{number}", CUDA_POOL, "--limit", "1")
         processes.start(f"cuda-{number}", *limited, CUDA_VISIBLE_DEVICES=gpu.uuid)
     if not gpus:
-        processes.start("cuda-0", *worker_command("cuda-0", deploy.CUDA_POOL, "--limit", "1"))
+        processes.start("cuda-0", *worker_command("cuda-0", CUDA_POOL, "--limit", "1"))
     workers = [name for name in processes.started if name != "server"]
-    return {name: deploy.CPU_POOL if name == "cpu-0" else deploy.CUDA_POOL for name in workers}
+    return {name: CPU_POOL if name == "cpu-0" else CUDA_POOL for name in workers}
 
 
 def worker_command(name: str, pool: str, *options: str) -> list[str]:
@@ -188,13 +189,13 @@ def worker_command(name: str, pool: str, *options: str) -> list[str]:
 
 def _wait_until_online(names: dict[str, str]) -> None:
     give_up = time.monotonic() + ONLINE_SECONDS
-    while waiting := [name for name, pool in names.items() if name not in deploy.online_workers(pool)]:
+    while waiting := [name for name, pool in names.items() if name not in online_workers(pool)]:
         if time.monotonic() > give_up:
             raise PipelineError(f"up: worker {waiting[0]}: not online after {ONLINE_SECONDS} s. Its log is {log_of(waiting[0])}.")
         time.sleep(0.2)
 
 
-def _tell(options: Options, gpus: Sequence[Gpu], console: Console) -> None:
+def _tell(options: UpOptions, gpus: Sequence[Gpu], console: Console) -> None:
     trains = f"{len(gpus)} x {gpus[0].name}" if gpus else "no GPU here: the cuda worker trains on the CPU (device=cpu recipes)"
     lines = (
         f"server:    {options.url}" if options.ui else f"server:    {options.url}/api (without UI)",
@@ -211,7 +212,7 @@ def _tell(options: Options, gpus: Sequence[Gpu], console: Console) -> None:
         console.print(line, soft_wrap=True, highlight=False)
 
 
-def _check_port(options: Options) -> None:
+def _check_port(options: UpOptions) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -225,7 +226,7 @@ def _check_port(options: Options) -> None:
 
 def serve_pool(pool: str, name: str | None, *, healthcheck: bool) -> int:
     """Be a worker of a pool at PREFECT_API_URL; one run at a time where it trains. Returns Prefect's exit code."""
-    options = (["--limit", "1"] if pool == deploy.CUDA_POOL else []) + (["--with-healthcheck"] if healthcheck else [])
+    options = (["--limit", "1"] if pool == CUDA_POOL else []) + (["--with-healthcheck"] if healthcheck else [])
     named = ["--name", name] if name else []
     return supervisor.supervise(os.getppid(), ["prefect", "worker", "start", "--pool", pool, *named, *options])
 

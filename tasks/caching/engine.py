@@ -1,9 +1,13 @@
-"""The Prefect side of a stage: the task, its cache key, its record and its retries. Imported when a stage first runs."""
+"""Stages as Prefect tasks: shown in the UI, recorded by key under the present root, retried where that may help.
+
+Whether a call is served or run was decided before (stage.py): a task of a call that is served finds its record, one of a call
+that runs is told to look for none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial, wraps
+from collections.abc import Callable, Sequence
+from functools import wraps
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -16,12 +20,11 @@ from prefect.serializers import Serializer
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel
 
+from tasks.caching.stage import Call, Made, Stage
 from tasks.refs import PipelineError, home
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
-
-    from tasks.caching.stage import Stage
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -31,39 +34,55 @@ TRANSIENT = (ConnectionError, TimeoutError, httpx.TransportError)
 
 
 class RecordSerializer(Serializer):  # pyright: ignore[reportMissingTypeArgument]  # parametrised, Prefect finds no dispatch key
-    """A stage's reference as JSON; refuses to load one whose artifacts are not intact, which Prefect takes for a miss."""
+    """A stage's outcome as its record."""
 
     type: Literal["amazon-ft-record"] = "amazon-ft-record"  # pyright: ignore[reportIncompatibleVariableOverride]
     returns: str
-    """module:class of the reference."""
+    """The class of the reference, in tasks/refs.py."""
 
-    def dumps(self, obj: BaseModel) -> bytes:
-        """The reference as JSON."""
-        return obj.model_dump_json().encode()
+    def dumps(self, obj: Made[Any]) -> bytes:
+        """Write a record."""
+        return obj.to_json().encode()
 
-    def loads(self, blob: bytes) -> BaseModel:
-        """The reference, its artifacts verified."""
+    def loads(self, blob: bytes) -> Made[Any]:
+        """Read a record; Prefect takes an error here for a miss."""
         from tasks import refs
-        from tasks.caching.store import check
 
-        value = cast("type[BaseModel]", getattr(refs, self.returns)).model_validate_json(blob)
-        check(value)
-        return value
+        return Made.from_json(blob, cast("type[BaseModel]", getattr(refs, self.returns)))
 
 
-def make_task(stage: Stage[..., R]) -> Task[..., R]:
-    """A Prefect task that runs the stage's body and is cached by the stage's key."""
+class PrefectEngine:
+    """The engine of both flows."""
+
+    def start(self, stage: Stage[..., R], calls: Sequence[Call[R]]) -> Sequence[Callable[[], Made[R]]]:
+        """For each call, what waits for its task; on a cluster all are started, else each when it is asked for.
+
+        A task on a cluster leaves its record under the root that all machines share; it is read there, not passed on.
+        """
+        flow_run = FlowRunContext.get()
+        if flow_run is None or isinstance(flow_run.task_runner, ThreadPoolTaskRunner):
+            return [lambda call=call: _task(stage, call)(**call.inputs) for call in calls]
+        futures = [_task(stage, call).submit(**call.inputs) for call in calls]
+        return [lambda future=future, call=call: _wait(stage, call, future) for future, call in zip(futures, calls, strict=True)]
+
+
+def _task(stage: Stage[..., R], call: Call[R]) -> Task[..., Made[R]]:
+    """A Prefect task for one call."""
 
     @wraps(stage.fn)
-    def body(*args: Any, **kwargs: Any) -> R:
-        return stage.execute(signature(stage.fn).bind(*args, **kwargs).arguments)
+    def body(*args: Any, **kwargs: Any) -> Made[R]:
+        return stage.make(signature(stage.fn).bind(*args, **kwargs).arguments)
 
+    key = call.key
     return Task(
-        fn=cast("Callable[..., R]", body),
+        fn=cast("Callable[..., Made[R]]", body),
         name=stage.name,
+        task_run_name=stage.name,
         description=stage.__doc__,
-        cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda _, inputs: stage.key(inputs)),
+        cache_policy=CacheKeyFnPolicy(cache_key_fn=lambda *_: key),
+        refresh_cache=call.made is None,
         persist_result=True,
+        result_storage=home() / "records",
         result_serializer=RecordSerializer(returns=stage.returns.__name__),
         cache_result_in_memory=False,
         retries=len(RETRY_DELAYS_SECONDS),
@@ -72,32 +91,11 @@ def make_task(stage: Stage[..., R]) -> Task[..., R]:
     )
 
 
-def run_task(stage: Stage[..., R], inputs: dict[str, Any]) -> R:
-    """Run the stage as a task of the present flow, its record under the present root."""
-    return _named(stage)(**inputs)
-
-
-def start_tasks(stage: Stage[..., R], many: list[dict[str, Any]]) -> list[Callable[[], R]]:
-    """For each of the inputs, what waits for the task's result; on a cluster all tasks are started, else each when asked for.
-
-    A task on a cluster leaves its record under the root that all machines share; it is read there, not passed on.
-    """
-    flow_run = FlowRunContext.get()
-    if flow_run is None or isinstance(flow_run.task_runner, ThreadPoolTaskRunner):
-        return [partial(run_task, stage, inputs) for inputs in many]
-    futures = [_named(stage).submit(**inputs) for inputs in many]
-
-    def wait(future: PrefectFuture[R], inputs: dict[str, Any]) -> R:
-        future.wait()
-        if not future.state.is_completed():
-            future.state.result()  # raises what the task raised
-        return stage.recorded(stage.key(inputs))
-
-    return [partial(wait, future, inputs) for future, inputs in zip(futures, many, strict=True)]
-
-
-def _named(stage: Stage[..., R]) -> Task[..., R]:
-    return stage.task.with_options(result_storage=home() / "records", task_run_name=stage.name)
+def _wait(stage: Stage[..., R], call: Call[R], future: PrefectFuture[Made[R]]) -> Made[R]:
+    future.wait()
+    if not future.state.is_completed():
+        future.state.result()  # raises what the task raised
+    return stage.recorded(call.key)
 
 
 def _is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -110,4 +108,4 @@ def _is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bo
     return False
 
 
-__all__ = ["RecordSerializer", "make_task", "run_task", "start_tasks"]
+__all__ = ["PrefectEngine", "RecordSerializer"]

@@ -1,39 +1,32 @@
-"""What makes two runs of a stage the same: its code and its inputs.
+"""The identity of a run of a stage: its code and its inputs.
 
     key = sha256(stage name, stage version, digest of its code, canonical inputs, FORMAT_VERSION)
 
-A wrong hit must be impossible, a needless rerun rare. Code is compared as a syntax tree without docstrings, comments and
-positions, of the stage's module and of every first-party module it imports, transitively. Values count by content; fields
-marked `aside` do not count. Library versions are not in the key: a CPU and a GPU machine share results, golden tests guard
-the bytes of each stage, and a stage's `version` is raised when they change.
+A wrong hit must be impossible, a needless rerun rare. Code is compared as a syntax tree without what no artifact can hold
+(code/syntax.py), of the stage's module and of every first-party module it imports, transitively; what would escape that is
+refused (code/reach.py). Values count by content; fields marked `aside` do not count. Library versions are not in the key: a
+CPU and a GPU machine share results, golden tests guard the bytes of each stage, and a stage's `version` is raised when they
+change.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from functools import cache
-from importlib.machinery import SourceFileLoader
 from typing import Any, cast
 
 from pydantic import BaseModel
 
+from tasks.caching.code.modules import Module, read_module
 from tasks.refs import Artifact, PipelineError
 
 FORMAT_VERSION = 1
 """Stands for the machinery below the stages; raise it to rerun everything."""
-
-FIRST_PARTY = ("tasks", "flows")
-OUTSIDE = ("tasks.config", "tasks.refs", "tasks.caching", "tasks.reporting.markdown", "tasks.training.progress")
-"""Modules and rooms that are not followed: config counts by value, markdown and progress only tell, and FORMAT_VERSION stands
-for the rest."""
-
-BACKENDS = frozenset({"tasks.training.fast.backend", "tasks.training.hf", "tasks.training.unsloth"})
-"""Of these only the chosen one counts, named among the roots by its stage, and what it imports."""
+OUTSIDE = ("tasks.config", "tasks.refs", "tasks.caching", "tasks.reporting.markdown")
+"""Modules and rooms that are not followed: config counts by value, markdown only tells, and FORMAT_VERSION stands for the
+rest."""
 
 
 def canonical(value: object) -> Any:
@@ -75,120 +68,41 @@ def stage_key(name: str, version: int, code: Mapping[str, str], inputs: object) 
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def code_digests(roots: Iterable[str]) -> dict[str, str]:
+def code_digests(roots: Iterable[str], alternatives: Collection[str] = ()) -> dict[str, str]:
     """{module: digest of its code} for the modules and all first-party modules that they import.
 
-    A backend is followed only from another one: name the chosen one among the roots.
+    Of `alternatives`, what a root imports counts only if it is a root itself: they are modules of which an input chooses one.
 
     Raises:
-        PipelineError: when a module's source can't be read.
+        PipelineError: when a module's source can't be read, or when a module reaches what its digest can't see; all at once.
     """
-    found: dict[str, str] = {}
-    waiting = sorted(roots)
+    modules = _modules(roots, alternatives)
+    if refusals := [refusal for module in modules for refusal in module.refusals]:
+        raise PipelineError("\n".join(refusals))
+    return {module.name: module.digest for module in modules}
+
+
+def remember_code(roots: Iterable[str]) -> None:
+    """Read the code that may count, while it is what was imported; what is wrong with it is said when its digest is asked for."""
+    with suppress(PipelineError, SyntaxError):
+        _modules(roots, ())
+
+
+def _modules(roots: Iterable[str], alternatives: Collection[str]) -> list[Module]:
+    chosen = set(roots)
+    found: dict[str, Module] = {}
+    waiting = sorted(chosen)
     while waiting:
-        module = waiting.pop()
-        if module in found:
+        if (name := waiting.pop()) in found:
             continue
-        found[module] = module_digest(module)
-        waiting.extend(name for name in imported_modules(module) if _counts(name, module))
-    return dict(sorted(found.items()))
+        found[name] = read_module(name)
+        others = alternatives if name in chosen and name not in alternatives else ()
+        waiting.extend(name for name in found[name].imports if name not in others and not _is_below(name, OUTSIDE))
+    return [found[name] for name in sorted(found)]
 
 
-def _counts(module: str, importer: str) -> bool:
-    if any(module == outside or module.startswith(f"{outside}.") for outside in OUTSIDE):
-        return False
-    return module not in BACKENDS or importer in BACKENDS
+def _is_below(module: str, others: Iterable[str]) -> bool:
+    return any(module == other or module.startswith(f"{other}.") for other in others)
 
 
-PARSE_ATTEMPTS = 5
-"""Python 3.11 counts the depth of all threads' parsing together, so that one fails now and then where another parses too
-(`AST constructor recursion depth mismatch`). Source: https://github.com/python/cpython/issues/106905."""
-
-
-@cache
-def module_digest(module: str) -> str:
-    """SHA-256 of a module's code; equal on Python 3.11 to 3.13, for a checkout and an installed wheel."""
-    return hashlib.sha256(json.dumps(_without_docstrings(_parse(module)), ensure_ascii=False).encode()).hexdigest()
-
-
-@cache
-def imported_modules(module: str) -> tuple[str, ...]:
-    """First-party modules named by the import statements anywhere in a module, parents included."""
-    names: set[str] = set()
-    for node in ast.walk(_parse(module)):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = _absolute(node, module)
-            names.add(base)
-            if _is_package(base):
-                names.update(f"{base}.{alias.name}" for alias in node.names)
-    parents = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
-    first_party = (name for name in names | parents if name.split(".")[0] in FIRST_PARTY)
-    return tuple(sorted(name for name in first_party if importlib.util.find_spec(name)))
-
-
-def _absolute(node: ast.ImportFrom, module: str) -> str:
-    if not node.level:
-        return node.module or ""
-    package = module if _is_package(module) else module.rpartition(".")[0]
-    return importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-
-
-def _is_package(module: str) -> bool:
-    spec = importlib.util.find_spec(module) if module.split(".")[0] in FIRST_PARTY else None
-    return spec is not None and spec.submodule_search_locations is not None
-
-
-def _parse(module: str) -> ast.Module:
-    source = _source(module)
-    for _ in range(PARSE_ATTEMPTS):
-        with suppress(SystemError):
-            return ast.parse(source)
-    return ast.parse(source)
-
-
-def _source(module: str) -> str:
-    spec = importlib.util.find_spec(module)
-    loader = spec.loader if spec else None
-    source = loader.get_source(module) if isinstance(loader, SourceFileLoader) else None
-    if source is None:
-        raise PipelineError(f"{module}: source not found; its code decides what is cached. Install amazon-ft with its .py files.")
-    return source
-
-
-def _without_docstrings(node: ast.AST) -> list[Any]:
-    """A syntax tree as nested lists, without docstrings, positions, None fields and empty lists.
-
-    Leaving out what is empty makes the tree equal across Python versions, which add optional fields to nodes.
-    """
-    fields: list[Any] = []
-    for name, value in ast.iter_fields(node):
-        plain = _plain(name, value)
-        if isinstance(node, ast.Constant) and name == "value":
-            plain = _constant(value)
-        if plain is not None and plain != []:
-            fields.append([name, plain])
-    return [type(node).__name__, fields]
-
-
-def _plain(name: str, value: object) -> Any:
-    if isinstance(value, list):
-        items = cast("list[object]", value)
-        kept = items[1:] if name == "body" and _is_docstring(items) else items
-        return [_plain("", item) for item in kept]
-    if isinstance(value, ast.AST):
-        return _without_docstrings(value)
-    return None if value is None else _constant(value)
-
-
-def _is_docstring(body: list[object]) -> bool:
-    match body:
-        case [ast.Expr(value=ast.Constant(value=str())), *_]:
-            return True
-        case _:
-            return False
-
-
-def _constant(value: object) -> str:
-    return f"{type(value).__name__}:{value!r}"
+__all__ = ["FORMAT_VERSION", "canonical", "code_digests", "counted_fields", "remember_code", "stage_key"]

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from tasks.caching.files import write_atomic
-from tasks.caching.locks import flock, mutex
-from tasks.refs import Artifact, InputError, home
+from tasks.refs import home
 
 
 @dataclass
 class Run:
-    """What one run used, in runs/ID.json; locked for as long as the run lives."""
+    """The record of one run, in runs/ID.json; locked for as long as the run lives."""
 
     recipe: str
     config: dict[str, Any]
@@ -48,67 +45,6 @@ class Run:
         write_atomic(self.file, json.dumps(asdict(self)).encode())
 
 
-_open_runs: list[Run] = []
-
-
-@contextmanager
-def run_record(recipe: str, config: dict[str, Any], *, until: str | None = None, child: bool = False) -> Generator[Run]:
-    """Keep the record of a run while the block lives; a run inside a run adds to the outer one.
-
-    Raises:
-        InputError: when nothing can be written under AMAZON_FT_HOME.
-    """
-    if _open_runs:
-        yield _open_runs[-1]
-        return
-    run = Run(recipe, config, until=until, child=child)
-    _check_root()
-    with flock(run.file.with_suffix(".lock"), remove=True):
-        _open_runs.append(run)
-        try:
-            run.write()
-            yield run
-            run.finished = True
-        finally:
-            _open_runs.pop()
-            run.write()
-
-
-def _check_root() -> None:
-    """Refuse a root that can't be written, before anything is computed.
-
-    Raises:
-        InputError: naming it.
-    """
-    reason = "it may only be read"
-    try:
-        home().mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror
-    else:
-        if os.access(home(), os.W_OK | os.X_OK):
-            return
-    raise InputError(f"AMAZON_FT_HOME: {home()}: {reason}; expected a directory to write to. Name another one.")
-
-
-def current_run() -> Run | None:
-    """The run that this process is in."""
-    return _open_runs[-1] if _open_runs else None
-
-
-def use(*artifacts: Artifact) -> None:
-    """Note that the present run relies on these artifacts, before it looks at them, so that gc keeps them."""
-    run = current_run()
-    if run is None:
-        return
-    names = [f"{artifact.kind}/{artifact.digest[:32]}" for artifact in artifacts]
-    new = [name for name in names if name not in run.artifacts]
-    if new:
-        with mutex():
-            run.artifacts.extend(new)
-            run.write()
-
-
 def past_runs() -> list[dict[str, Any]]:
     """All run records, newest first; a torn one is left out."""
     runs: list[dict[str, Any]] = []
@@ -118,4 +54,4 @@ def past_runs() -> list[dict[str, Any]]:
     return sorted(runs, key=lambda run: float(run["started"]), reverse=True)
 
 
-__all__ = ["Run", "current_run", "past_runs", "run_record", "use"]
+__all__ = ["Run", "past_runs"]

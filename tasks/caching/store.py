@@ -21,23 +21,20 @@ import os
 import shutil
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 from uuid import uuid4
 
 from pydantic import BaseModel
 
+from tasks.caching.context import context
 from tasks.caching.files import file_digest, space_checked, sync_directory, text_digest, write_synced
-from tasks.caching.locks import flock
-from tasks.caching.runs import use
+from tasks.caching.locks import flock, mutex
+from tasks.config import Verify
 from tasks.refs import Artifact, home
 
 MANIFEST = "manifest.json"
-
-Verify = Literal["full", "size"]
-_verify: ContextVar[Verify] = ContextVar("verify", default="full")
 
 
 class Missing(Exception):  # noqa: N818  # an outcome, not an error
@@ -125,19 +122,17 @@ def _listing(path: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-@contextmanager
-def verifying(how: Verify) -> Generator[None]:
-    """Check cached artifacts by full digest or by size for the block."""
-    token = _verify.set(how)
-    try:
-        yield
-    finally:
-        _verify.reset(token)
-
-
-def verified_how() -> Verify:
-    """How cached artifacts are checked at present."""
-    return _verify.get()
+def use(*artifacts: Artifact) -> None:
+    """Note that the present run relies on these artifacts, before it looks at them, so that gc keeps them."""
+    run = context().run
+    if run is None:
+        return
+    names = [f"{artifact.kind}/{artifact.digest[:32]}" for artifact in artifacts]
+    new = [name for name in names if name not in run.artifacts]
+    if new:
+        with mutex():
+            run.artifacts.extend(new)
+            run.write()
 
 
 def check(value: BaseModel) -> None:
@@ -149,7 +144,7 @@ def check(value: BaseModel) -> None:
     artifacts = list(artifacts_of(value))
     use(*artifacts)
     for artifact in artifacts:
-        verify(artifact, _verify.get())
+        verify(artifact, context().verify)
 
 
 def artifacts_of(value: BaseModel) -> Iterator[Artifact]:
@@ -195,4 +190,4 @@ def _relative(path: Path) -> str:
     return str(path.relative_to(home()))
 
 
-__all__ = ["MANIFEST", "Draft", "Missing", "Verify", "artifacts_of", "check", "publish", "verified_how", "verify", "verifying"]
+__all__ = ["MANIFEST", "Draft", "Missing", "artifacts_of", "check", "publish", "use", "verify"]

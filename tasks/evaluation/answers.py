@@ -1,4 +1,4 @@
-"""What base and tuned model are asked on the held-out rows, and what each of them said: shared by baseline and evaluate.
+"""Questions to base and tuned model on the held-out rows, and the answers of each: shared by baseline and evaluate.
 
     said.json     nll per labelled token of each row; texts, ended, ends_at_once of each prompt
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ConfigDict
 
 from tasks.config import EvaluateConfig, WeightsConfig
-from tasks.refs import Artifact, Model, Value
+from tasks.refs import HeldOut, Model, Value
 from tasks.training.inference.likelihood import labelled_tokens
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Questions:
     """The held-out rows and prompts."""
 
     uids: Sequence[Sequence[str]]
@@ -55,7 +55,7 @@ class Asked:
 
 
 class Said(Value):
-    """What one model answered, in numbers coarser than what threads or batches change."""
+    """One model's answers, in numbers coarser than what threads or batches change."""
 
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
@@ -90,13 +90,13 @@ def choose_rows(rows: int, wanted: int, seed: int) -> list[int]:
     return sorted(int(row) for row in np.random.default_rng(seed).permutation(rows)[:wanted])
 
 
-def read_asked(tokens: Artifact, texts: Artifact, template: Artifact, config: EvaluateConfig) -> Asked:
+def read_questions(held_out: HeldOut, config: EvaluateConfig) -> Questions:
     """The held-out rows of tokens.arrow, and prompts from some of the products of turns.arrow."""
-    rows = _read(tokens / "tokens.arrow", "uids", "input_ids", "labels")
-    turns = _read(texts / "turns.arrow", "uid", "prompt", "question", "answer")
-    parts = json.loads((template / "template.json").read_text(encoding="utf-8"))
+    rows = _read(held_out.tokens / "tokens.arrow", "uids", "input_ids", "labels")
+    turns = _read(held_out.texts / "turns.arrow", "uid", "prompt", "question", "answer")
+    parts = json.loads((held_out.template / "template.json").read_text(encoding="utf-8"))
     chosen = (turns[row] for row in choose_rows(len(turns), config.generations, config.seed))
-    return Asked(
+    return Questions(
         uids=[row["uids"] for row in rows],
         input_ids=[row["input_ids"] for row in rows],
         labels=[row["labels"] for row in rows],
@@ -104,8 +104,17 @@ def read_asked(tokens: Artifact, texts: Artifact, template: Artifact, config: Ev
     )
 
 
-def ask(asked: Asked, model: Model, adapter: Path | None, *, config: EvaluateConfig, weights: WeightsConfig, device: str) -> Said:
-    """What the model says, with the adapter of a directory or without one.
+def collect_answers(
+    questions: Questions,
+    model: Model,
+    adapter: Path | None,
+    held_out: HeldOut,
+    *,
+    config: EvaluateConfig,
+    weights: WeightsConfig,
+    device: str,
+) -> Said:
+    """Return the answers of the model, with the adapter of a directory or without one.
 
     Raises:
         ConfigError: when the device is not there.
@@ -119,19 +128,19 @@ def ask(asked: Asked, model: Model, adapter: Path | None, *, config: EvaluateCon
     hardware.check_device(device)
     answers = score(
         Request(
-            model=model,
+            model=model.model_copy(update={"tokenizer": held_out.tokenizer}),
             adapter=str(adapter) if adapter else None,
             dtype=hardware.resolve_dtype(weights.dtype, device),
             load_in_4bit=weights.load_in_4bit,
             device=device,
-            input_ids=tuple(map(tuple, asked.input_ids)),
-            labels=tuple(map(tuple, asked.labels)),
-            prompts=tuple(prompt.text for prompt in asked.prompts),
+            input_ids=tuple(map(tuple, questions.input_ids)),
+            labels=tuple(map(tuple, questions.labels)),
+            prompts=tuple(prompt.text for prompt in questions.prompts),
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
         )
     )
-    return per_token(answers, asked.tokens)
+    return per_token(answers, questions.tokens)
 
 
 def per_token(answers: Answers, tokens: Sequence[int]) -> Said:
@@ -151,4 +160,7 @@ def _read(path: Path, *columns: str) -> list[dict[str, Any]]:
         return reader.read_all().select(columns).to_pylist()
 
 
-__all__ = ["NOTHING", "SAID", "Asked", "Prompt", "Said", "ask", "choose_rows", "per_token", "read_asked", "render_prompt"]
+__all__ = [
+    "NOTHING", "SAID", "Prompt", "Questions", "Said", "choose_rows", "collect_answers", "per_token", "read_questions",
+    "render_prompt",
+]  # fmt: skip

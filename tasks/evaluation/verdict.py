@@ -24,7 +24,7 @@ class Candidate:
     """A saved model as the verdict sees it."""
 
     name: str
-    """What to call it, such as `saved-model/1a2b3c4d`."""
+    """For people, such as `saved-model/1a2b3c4d`."""
     adapter: str
     """Digest of its adapter."""
     tokenizer: str
@@ -39,7 +39,7 @@ class Verdict(Value):
     reasons: tuple[str, ...]
     """Every reason against it; else what speaks for it."""
     against: tuple[str, ...] = ()
-    """What it was compared with."""
+    """The models that it was compared with."""
 
 
 def judge(new: Candidate, before: Candidate | None, config: PromoteConfig) -> Verdict:

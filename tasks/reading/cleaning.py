@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 REFERENCE = r"&(?:#[0-9]+;?|#[xX][0-9a-fA-F]+;?|[^\t\n\f <&#;]{1,32};?)"
-"""What html.unescape looks at. Source: html._charref, Python 3.11."""
+"""The references that html.unescape looks at. Source: html._charref, Python 3.11."""
 MANY_REFERENCES = 4096
 """A block with more different ones is no ordinary text and is decoded row by row."""
 UNDEFINED_1252 = (0x81, 0x8D, 0x8F, 0x90, 0x9D)

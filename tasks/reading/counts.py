@@ -1,4 +1,4 @@
-"""What becomes of lines that are not kept: counted by reason, set aside, and held against what the recipe allows."""
+"""Lines that are not kept: counted by reason, set aside, and held against what the recipe allows."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ EXAMPLES = 3
 
 
 @dataclass
-class Tally:
-    """What became of the lines so far; rejects go to a file that is made for the first of them."""
+class LineCounts:
+    """Counts of the lines so far by what became of them; rejects go to a file that is made for the first of them."""
 
     config: IngestConfig
     stack: ExitStack
@@ -97,4 +97,4 @@ def _entries(rejects: Iterable[Artifact]) -> Iterable[dict[str, str]]:
             yield from map(json.loads, file)
 
 
-__all__ = ["REJECTS", "Tally", "check_kept", "check_rejected"]
+__all__ = ["REJECTS", "LineCounts", "check_kept", "check_rejected"]

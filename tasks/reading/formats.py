@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Protocol, cast
 
 from tasks.config import IngestConfig
-from tasks.reading.rows import Block
+from tasks.reading.rows import LineBlock
 from tasks.refs import InputError
 
 BOM = b"\xef\xbb\xbf"
@@ -32,7 +32,7 @@ UNREAD = {
     b"\xfe\xff": "UTF-16",
     **{magic: f"{codec} within an archive" for magic, codec in MAGIC.items()},
 }
-"""What content may begin with that is no JSON lines."""
+"""{beginning of content that is no JSON lines: its format}."""
 ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")
 """Of an archive with members, and without."""
 DATA_NAME = re.compile(r"\.jsonl?(\.gz|\.zst)?$", re.IGNORECASE)
@@ -44,8 +44,8 @@ FREE_BYTES = 64 * 2**20
 UID = re.compile(rb'"uid"\s*:')
 
 
-class Stream(Protocol):
-    """What blocks are read from."""
+class ByteStream(Protocol):
+    """Bytes that blocks are read from."""
 
     def read(self, size: int, /) -> bytes:
         """So many bytes, fewer at the end."""
@@ -55,7 +55,7 @@ class Stream(Protocol):
 class Limited:
     """A stream that refuses to yield much more than its file's size."""
 
-    def __init__(self, stream: Stream, path: Path, max_inflation: int) -> None:
+    def __init__(self, stream: ByteStream, path: Path, max_inflation: int) -> None:
         self._stream, self._name = stream, path.name
         self._left = self._most = FREE_BYTES + path.stat().st_size * max_inflation
 
@@ -78,7 +78,7 @@ class Limited:
         return getattr(self._stream, name)
 
 
-def read_blocks(path: Path, name: str, config: IngestConfig) -> Iterator[tuple[Block, float]]:
+def read_blocks(path: Path, name: str, config: IngestConfig) -> Iterator[tuple[LineBlock, float]]:
     """The file's lines in blocks, each with the share of the file that has been read.
 
     In a file without uids, a row's is this name of the file and the line's number.
@@ -94,14 +94,14 @@ def read_blocks(path: Path, name: str, config: IngestConfig) -> Iterator[tuple[B
             yield block, min(raw.tell() / size, 1.0)
 
 
-def cut_blocks(stream: Stream, uid_prefix: str, block_bytes: int, max_line_bytes: int) -> Iterator[Block]:
+def cut_blocks(stream: ByteStream, uid_prefix: str, block_bytes: int, max_line_bytes: int) -> Iterator[LineBlock]:
     """Blocks that end with a line; a line longer than both limits is cut short and alone in its block."""
     pending = bytearray(stream.read(HEAD_BYTES).removeprefix(BOM))
     prefix, line = None if UID.search(pending) else uid_prefix, 1
     while chunk := stream.read(max(block_bytes - len(pending), HEAD_BYTES)):
         cut = chunk.rfind(b"\n") + 1
         if cut:
-            yield Block(b"".join((pending, memoryview(chunk)[:cut])), line, prefix)
+            yield LineBlock(b"".join((pending, memoryview(chunk)[:cut])), line, prefix)
             line += pending.count(b"\n") + chunk.count(b"\n", 0, cut)
             pending = bytearray(chunk[cut:])
         else:
@@ -109,17 +109,17 @@ def cut_blocks(stream: Stream, uid_prefix: str, block_bytes: int, max_line_bytes
         start = pending.rfind(b"\n") + 1
         if len(pending) - start > max_line_bytes:
             if start:
-                yield Block(bytes(pending[:start]), line, prefix)
+                yield LineBlock(bytes(pending[:start]), line, prefix)
                 line += pending.count(b"\n")
             rest, length = _skip_line(stream, len(pending) - start)
-            yield Block(bytes(pending[start : start + max_line_bytes]), line, prefix, length)
+            yield LineBlock(bytes(pending[start : start + max_line_bytes]), line, prefix, length)
             pending, line = bytearray(rest), line + 1
     if pending:
-        yield Block(bytes(pending), line, prefix)
+        yield LineBlock(bytes(pending), line, prefix)
 
 
-def _skip_line(stream: Stream, length: int) -> tuple[bytes, int]:
-    """What follows the present line, and the line's length."""
+def _skip_line(stream: ByteStream, length: int) -> tuple[bytes, int]:
+    """Read beyond the present line: the bytes after it, and the line's length."""
     while chunk := stream.read(HEAD_BYTES):
         end = chunk.find(b"\n")
         if end >= 0:
@@ -129,7 +129,7 @@ def _skip_line(stream: Stream, length: int) -> tuple[bytes, int]:
 
 
 @contextmanager
-def _unpacked(raw: IO[bytes], path: Path, max_inflation: int) -> Generator[Stream]:
+def _unpacked(raw: IO[bytes], path: Path, max_inflation: int) -> Generator[ByteStream]:
     head = raw.read(4)
     raw.seek(0)
     if head not in ZIP_MAGIC:
@@ -145,7 +145,7 @@ def _unpacked(raw: IO[bytes], path: Path, max_inflation: int) -> Generator[Strea
 
 
 @contextmanager
-def _decompressed(packed: IO[bytes], path: Path, max_inflation: int) -> Generator[Stream]:
+def _decompressed(packed: IO[bytes], path: Path, max_inflation: int) -> Generator[ByteStream]:
     import pyarrow as pa
 
     buffered = io.BufferedReader(cast("io.RawIOBase", packed)) if isinstance(packed, zipfile.ZipExtFile) else packed
@@ -153,7 +153,7 @@ def _decompressed(packed: IO[bytes], path: Path, max_inflation: int) -> Generato
     if head.startswith(ZIP_MAGIC):
         raise InputError(f"{path.name}: a zip within a zip; expected JSON lines, .gz or .zst in it. Unpack the outer one first.")
     codec = "zstd" if SKIPPABLE.match(head) else next((codec for magic, codec in MAGIC.items() if head.startswith(magic)), None)
-    limited = Limited(cast("Stream", buffered), path, max_inflation)
+    limited = Limited(cast("ByteStream", buffered), path, max_inflation)
     if codec is None:
         yield limited
         return
@@ -211,4 +211,4 @@ def _damage_named(path: Path) -> Generator[None]:
         raise InputError(f"{path.name}: damaged: got {error}; expected a whole archive. Fetch the file again.") from error
 
 
-__all__ = ["Limited", "Stream", "cut_blocks", "read_blocks"]
+__all__ = ["ByteStream", "Limited", "cut_blocks", "read_blocks"]

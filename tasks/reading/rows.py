@@ -31,7 +31,7 @@ INFINITY = re.compile("-?Inf")
 KINDS = {bool: "a boolean", dict: "an object", list: "a list", float: "a number", type(None): "null"}
 
 
-class Block(NamedTuple):
+class LineBlock(NamedTuple):
     """Whole lines of one file."""
 
     data: bytes
@@ -52,8 +52,8 @@ class Reject(NamedTuple):
 
 
 @dataclass
-class Rows:
-    """What a block held; every line is a row of the table, a reject or blank."""
+class ParsedBlock:
+    """The content of a block; every line is a row of the table, a reject or blank."""
 
     table: pa.Table
     """uid, title, content: string, without nulls, in the order of the lines."""
@@ -69,12 +69,12 @@ def product_schema() -> pa.Schema:
     return pa.schema([(name, pa.string()) for name in FIELDS])
 
 
-def read_block(block: Block, max_line_bytes: int) -> Rows:
+def read_block(block: LineBlock, max_line_bytes: int) -> ParsedBlock:
     """The block's rows, by the fast reader where it is certain to agree with the strict one."""
     return _read_fast(block, max_line_bytes) or read_strict(block, max_line_bytes)
 
 
-def read_strict(block: Block, max_line_bytes: int) -> Rows:
+def read_strict(block: LineBlock, max_line_bytes: int) -> ParsedBlock:
     """The block's rows, line by line."""
     rows, blank, rejects, lines = list[tuple[str, str, str]](), 0, list[Reject](), 0
     for lines, raw in enumerate(_split(block), start=1):
@@ -88,10 +88,10 @@ def read_strict(block: Block, max_line_bytes: int) -> Rows:
                 blank += 1
         except ValueError as error:
             rejects.append(Reject(number, str(error), raw[:max_line_bytes]))
-    return Rows(_table(rows), lines, blank, rejects)
+    return ParsedBlock(_table(rows), lines, blank, rejects)
 
 
-def _split(block: Block) -> Iterator[bytes]:
+def _split(block: LineBlock) -> Iterator[bytes]:
     lines = block.data.split(b"\n")
     return iter(lines[:-1] if not lines[-1] and not block.line_bytes else lines)
 
@@ -157,7 +157,7 @@ def _table(rows: list[tuple[str, str, str]]) -> pa.Table:
     return pa.table([pa.array(column, pa.string()) for column in columns], schema=product_schema())
 
 
-def _read_fast(block: Block, max_line_bytes: int) -> Rows | None:
+def _read_fast(block: LineBlock, max_line_bytes: int) -> ParsedBlock | None:
     """The block's rows; None when a line is, or may be, anything but one well-formed product."""
     import pyarrow as pa
 
@@ -173,10 +173,10 @@ def _read_fast(block: Block, max_line_bytes: int) -> Rows | None:
         table.validate(full=True)
     except pa.ArrowInvalid:
         return None
-    return None if any(column.null_count for column in table.columns) else Rows(table, lines)
+    return None if any(column.null_count for column in table.columns) else ParsedBlock(table, lines)
 
 
-def _object_lines(block: Block, max_line_bytes: int) -> int | None:
+def _object_lines(block: LineBlock, max_line_bytes: int) -> int | None:
     """How many lines the block has, if all start with { and end with }, in UTF-8, without NUL, none too long.
 
     A line break can't lie within a JSON string, and } before it with { after it lies between two top-level values. So as
@@ -227,4 +227,4 @@ def _numbered(table: pa.Table, prefix: str, first_line: int) -> pa.Table:
     return table.set_column(0, "uid", compute.call_function("coalesce", [table["uid"], uids]))
 
 
-__all__ = ["Block", "Reject", "Rows", "product_schema", "read_block", "read_strict"]
+__all__ = ["LineBlock", "ParsedBlock", "Reject", "product_schema", "read_block", "read_strict"]

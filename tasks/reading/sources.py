@@ -37,10 +37,8 @@ def locate_source(sources: tuple[str, ...]) -> Source:
     for source in sources:
         try:
             files.update(dict.fromkeys(_fetch(source) if URL.match(source) else _match(source)))
-        except InputError as error:
-            problems.append(str(error))
-        except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links, a user that is none
-            problems.append(f"{source}: {getattr(error, 'strerror', None) or error}")
+        except (ImportError, OSError, RuntimeError, ValueError) as error:  # a name that is too long, a user that is none
+            problems.append(f"{source}: {getattr(error, 'strerror', None) or str(error) or type(error).__name__}")
     problems.extend(f"{path}: is {kind}; expected a file" for path in files if (kind := _oddity(path)))
     if problems:
         listed = "; ".join(problems)
@@ -55,7 +53,7 @@ def _match(source: str) -> Iterable[Path]:
         return [path]
     found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207  # Path's takes no absolute one
     if not found:
-        raise InputError(f"{source}: not found")
+        raise FileNotFoundError("not found")
     return found
 
 
@@ -80,13 +78,10 @@ def _fetch(url: str) -> Iterable[Path]:
 
     folder = home() / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16]
     if not folder.exists():
-        try:
-            opened = fsspec.open_files(url, "rb")
-            if not opened:
-                raise FileNotFoundError(url)
-            _download(folder, {Path(file.path).name or "download": file for file in opened})
-        except (ImportError, ValueError, OSError) as error:
-            raise InputError(f"{url}: {error or type(error).__name__}") from error
+        opened = fsspec.open_files(url, "rb")
+        if not opened:
+            raise FileNotFoundError("not found")
+        _download(folder, {Path(file.path).name or "download": file for file in opened})
     return sorted(folder.iterdir())
 
 

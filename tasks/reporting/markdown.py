@@ -32,7 +32,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Seq
 
 
 def source_profile(files: Sequence[tuple[str, int]], lines: int, kept: int, dropped: Mapping[str, int], rejected: int) -> str:
-    """What became of the source's lines.
+    """Tables of the source's files, and of what became of their lines.
 
     Args:
         files: (name, bytes) of each.
@@ -47,10 +47,10 @@ def source_profile(files: Sequence[tuple[str, int]], lines: int, kept: int, drop
     return f"# Source\n\n{sizes}\n\n{table(['lines', 'count', 'share'], [*rows, ('all', f'{lines:,}', '')], numbers=[1, 2])}\n"
 
 
-def marked_rows(rows: Sequence[Sequence[tuple[str, bool]]]) -> str:
+def marked_text(rows: Sequence[Sequence[tuple[str, bool]]]) -> str:
     """Rendered rows as (text, trained on) pieces, with what is trained on in brackets.
 
-    >>> print(marked_rows([[("Title? ", False), ("A pan.<eos>", True)]]))
+    >>> print(marked_text([[("Title? ", False), ("A pan.<eos>", True)]]))
     # Rendered rows
     <BLANKLINE>
     What the model is trained to say stands in ⟦ ⟧; the rest is only read.
@@ -104,7 +104,7 @@ def token_lengths(lengths: Sequence[int], limit: int, counts: Mapping[str, float
     return f"# Token lengths\n\n{plot}\n\n{table(['training rows', ''], rows, numbers=[1])}\n"
 
 
-def training(points: Sequence[tuple[int, float]], figures: Mapping[str, object]) -> str:
+def training_curve(points: Sequence[tuple[int, float]], figures: Mapping[str, object]) -> str:
     """The loss so far and how the training stands.
 
     Args:
@@ -115,7 +115,7 @@ def training(points: Sequence[tuple[int, float]], figures: Mapping[str, object])
     return f"# Training\n\n{curve(points, 'step', 'loss')}\n\n{listed}\n"
 
 
-def evaluation(comparison: str, generations: Sequence[Mapping[str, Any]]) -> str:
+def answers_compared(comparison: str, generations: Sequence[Mapping[str, Any]]) -> str:
     """Base against tuned model: the table of numbers, and answers below each other, in lines that need no scrolling."""
     names = ("reference", "base", "tuned")
     answers = [
@@ -125,8 +125,8 @@ def evaluation(comparison: str, generations: Sequence[Mapping[str, Any]]) -> str
     return "\n\n".join(["# Base against tuned", comparison, *(answers or ["No answers were generated."])]) + "\n"
 
 
-def lineage(stages: Sequence[Mapping[str, Any]]) -> str:
-    """What each stage of a run did: entries of its run record."""
+def stages_table(stages: Sequence[Mapping[str, Any]]) -> str:
+    """A table of a run's stages: entries of its run record."""
     head = ["stage", "state", "rows", "seconds", "why", "key", "output"]
     rows = [
         (
@@ -143,16 +143,16 @@ def lineage(stages: Sequence[Mapping[str, Any]]) -> str:
     return f"# Stages\n\n{table(head, rows, numbers=[2, 3])}\n"
 
 
-def output(path: str, host: str, files: Sequence[tuple[str, int]]) -> str:
+def model_files(path: str, host: str, files: Sequence[tuple[str, int]]) -> str:
     """Where the model lies and what belongs to it."""
     listed = table(["file", "KiB"], [(name, f"{size / 2**10:,.1f}") for name, size in files], numbers=[1])
     return f"# Model\n\nOn `{host}`:\n\n````text\n{path}\n````\n\n{listed}\n\nIts README.md says how to load it.\n"
 
 
-def verdict(told: str, reasons: Sequence[str], against: Sequence[str]) -> str:
+def verdict_lines(told: str, reasons: Sequence[str], against: Sequence[str]) -> str:
     """Whether a model was promoted, why, and what it was compared with.
 
-    >>> print(verdict("promoted", ["better than the base model"], ["base"]))
+    >>> print(verdict_lines("promoted", ["better than the base model"], ["base"]))
     # Verdict: promoted
     <BLANKLINE>
     - better than the base model
@@ -202,16 +202,16 @@ def _cell(value: object) -> str:
 
 
 __all__ = [
+    "answers_compared",
     "curve",
-    "evaluation",
-    "lineage",
-    "marked_rows",
+    "marked_text",
+    "model_files",
     "number",
-    "output",
     "pieces",
     "source_profile",
+    "stages_table",
     "table",
     "token_lengths",
-    "training",
-    "verdict",
+    "training_curve",
+    "verdict_lines",
 ]

@@ -30,7 +30,7 @@ FIGURES = {
     "ends": "answers that end, share",
     "copies_title": "answers that hold the title, share",
 }
-"""What each number of metrics.json is called, in the card's order."""
+"""{number of metrics.json: its name}, in the card's order."""
 HUB_METRICS = {
     "perplexity": "perplexity",
     "rouge1": "rouge",
@@ -70,7 +70,7 @@ product from its title. Settings: `recipe.yaml`. Where it comes from, to the byt
 
 ## Held-out products
 
-{comparison(metrics)}
+{comparison_table(metrics)}
 
 In brackets: the 95 % interval, by bootstrap over the {metrics.get("rows", 0):,} held-out rows. Both models' answers lie side by
 side in `generations.jsonl`.
@@ -84,7 +84,7 @@ side in `generations.jsonl`.
 
 
 def metadata(model: Model, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What the Hub reads of a card."""
+    """The front matter that the Hub reads of a card."""
     known = (licence for part, licence in LICENSES.items() if part in model.name.lower())
     return {
         "base_model": model.name,
@@ -114,11 +114,11 @@ def index(name: str, recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> d
     }
 
 
-def comparison(metrics: Mapping[str, Any]) -> str:
+def comparison_table(metrics: Mapping[str, Any]) -> str:
     """A table of every number that both models have, with its 95 % interval where it has one.
 
     >>> base, tuned = {"nll": 2.5, "nll_low": 2.25, "nll_high": 3.0}, {"nll": 0.125, "nll_low": 0.1, "nll_high": 0.2}
-    >>> print(comparison({"base": base, "tuned": tuned, "rows": 9}))
+    >>> print(comparison_table({"base": base, "tuned": tuned, "rows": 9}))
     | | base | tuned |
     |---|---|---|
     | nats per token | 2.5 (2.25 to 3) | 0.125 (0.1 to 0.2) |
@@ -167,4 +167,4 @@ def _base(model: Model) -> str:
     return f"{model.name!r}  # the directory of the base model that it was trained on"
 
 
-__all__ = ["comparison", "example_prompt", "index", "metadata", "model_card", "snippet"]
+__all__ = ["comparison_table", "example_prompt", "index", "metadata", "model_card", "snippet"]

@@ -96,7 +96,7 @@ def thinned(points: Points) -> Points:
 
 
 def _svg(draw: Any, across: str, up: str) -> str:
-    """What `draw` puts on a pair of axes, as one <svg> element."""
+    """One <svg> element of what `draw` puts on a pair of axes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -93,6 +93,18 @@ def list_sums(values: NDArray[np.int64], lists: pa.ChunkedArray) -> NDArray[np.i
     return values[rows].reshape(len(lists), len(rows) // max(len(lists), 1)).sum(axis=1)
 
 
+def list_lengths(lists: pa.ChunkedArray) -> NDArray[np.int64]:
+    """How many values each list has.
+
+    >>> import pyarrow as pa
+    >>> list_lengths(pa.chunked_array([[[5, 7]], [[], [9]]])).tolist()
+    [2, 0, 1]
+    """
+    import pyarrow.compute as pc
+
+    return pc.list_value_length(lists).to_numpy().astype(np.int64)
+
+
 class Gather:
     """Takes rows of a table from anywhere in it, batch by batch: `Table.take` would join its chunks at each call."""
 
@@ -140,6 +152,6 @@ def row_lists(values: pa.Array, width: int) -> pa.ListArray:
 
 
 __all__ = [
-    "BATCH_BYTES", "BATCH_ROWS", "Gather", "Rows", "batch_ranges", "bounded_ranges", "list_sums", "one_batch", "read_table",
-    "row_lists", "text_bytes", "write_table",
+    "BATCH_BYTES", "BATCH_ROWS", "Gather", "Rows", "batch_ranges", "bounded_ranges", "list_lengths", "list_sums", "one_batch",
+    "read_table", "row_lists", "text_bytes", "write_table",
 ]  # fmt: skip

@@ -33,7 +33,7 @@ class Encoded(NamedTuple):
     learnt: NDArray[np.bool_]
 
 
-def load_tokenizer(directory: Path) -> Backend:
+def load_tokenizer_json(directory: Path) -> Backend:
     """The tokenizer of a directory, without padding and truncation.
 
     Raises:
@@ -148,5 +148,5 @@ def described(part: Any) -> dict[str, Any]:
 
 
 __all__ = [
-    "BatchEncoder", "Encoded", "Ids", "described", "from_ids", "load_tokenizer", "special_id", "to_ids", "token_bytes",
+    "BatchEncoder", "Encoded", "Ids", "described", "from_ids", "load_tokenizer_json", "special_id", "to_ids", "token_bytes",
 ]  # fmt: skip

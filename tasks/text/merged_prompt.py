@@ -30,33 +30,33 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Block:
+class PromptBlock:
     """A stretch of a merged prompt; with a gate it is left out where that column is empty."""
 
     parts: tuple[str | Column, ...]
     gate: Column | None = None
 
 
-def parse_merged_prompt(merged_prompt: str, columns: Sequence[str]) -> tuple[Block, ...]:
+def parse_merged_prompt(merged_prompt: str, columns: Sequence[str]) -> tuple[PromptBlock, ...]:
     """A merged prompt's blocks: text with {column} fields, braces doubled for themselves, `[[optional {column}]]`.
 
     >>> parse_merged_prompt("{{T}} {title}[[, {content}]]", ["title", "content"])  # doctest: +NORMALIZE_WHITESPACE
-    (Block(parts=('{T} ', Column(name='title')), gate=None),
-     Block(parts=(', ', Column(name='content')), gate=Column(name='content')))
+    (PromptBlock(parts=('{T} ', Column(name='title')), gate=None),
+     PromptBlock(parts=(', ', Column(name='content')), gate=Column(name='content')))
 
     Raises:
         ConfigError: for an unknown column, a stray brace, or an optional block without a column.
     """
-    blocks: list[Block] = []
+    blocks: list[PromptBlock] = []
     for index, text in enumerate(OPTIONAL_BLOCK.split(merged_prompt)):
         parts = _fields(text, columns)
         gate = next((part for part in parts if isinstance(part, Column)), None)
         if index % 2 == 0:
-            blocks.append(Block(parts))
+            blocks.append(PromptBlock(parts))
         elif gate is None:
             raise _prompt_error(f"got [[{text}]]; expected at least one {{column}} in an optional block. Name the column")
         else:
-            blocks.append(Block(parts, gate))
+            blocks.append(PromptBlock(parts, gate))
     return tuple(block for block in blocks if block.parts)
 
 
@@ -90,7 +90,7 @@ def _prompt_error(what: str) -> ConfigError:
     return ConfigError(f"sharegpt.merged_prompt: {what}.")
 
 
-def merge_columns(products: pa.RecordBatch, blocks: Sequence[Block]) -> pa.Array:
+def merge_columns(products: pa.RecordBatch, blocks: Sequence[PromptBlock]) -> pa.Array:
     """The prompt of each product.
 
     >>> import pyarrow as pa
@@ -104,7 +104,7 @@ def merge_columns(products: pa.RecordBatch, blocks: Sequence[Block]) -> pa.Array
     def column(name: str) -> pa.Array:
         return pc.fill_null(products[name], "")
 
-    def render(block: Block) -> pa.Array:
+    def render(block: PromptBlock) -> pa.Array:
         parts = [part if isinstance(part, str) else column(part.name) for part in block.parts]
         text = pc.binary_join_element_wise(*parts, "")
         if block.gate is None:
@@ -115,4 +115,4 @@ def merge_columns(products: pa.RecordBatch, blocks: Sequence[Block]) -> pa.Array
     return pc.binary_join_element_wise(anchor, *map(render, blocks), "")
 
 
-__all__ = ["Block", "Column", "merge_columns", "parse_merged_prompt"]
+__all__ = ["Column", "PromptBlock", "merge_columns", "parse_merged_prompt"]

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Tally:
-    """What became of the rows of one file."""
+class RowCounts:
+    """Counts of the rows of one file by what became of them."""
 
     rows: int = 0
     tokens: int = 0
@@ -129,22 +129,22 @@ def count_bos(encoded: Encoded, bos: int | None) -> int:
     return int((flat == bos).sum()) - len(encoded.ids)
 
 
-def check_tally(name: str, tally: Tally, config: TokenizeConfig) -> None:
+def check_counts(name: str, counts: RowCounts, config: TokenizeConfig) -> None:
     """Warn with numbers when rows were changed, have no label, or hold BOS in their midst.
 
     Raises:
         InputError: when they are more than max_affected_share of all, or nothing is left.
     """
-    if tally.stray_bos:
+    if counts.stray_bos:
         hint = "set tokenize.special_tokens_in_products=text to keep them characters"
-        logger.warning("%s: %s BOS inside products' texts; %s", name, f"{tally.stray_bos:,}", hint)
-    if not tally.overlong + tally.unlearnable:
+        logger.warning("%s: %s BOS inside products' texts; %s", name, f"{counts.stray_bos:,}", hint)
+    if not counts.overlong + counts.unlearnable:
         return
     what = (
-        f"{tally.overlong:,} of {tally.rows:,} rows are longer than {config.max_tokens} tokens (the longest has "
-        f"{tally.longest:,}; {config.on_overlength}), {tally.unlearnable:,} have no label"
+        f"{counts.overlong:,} of {counts.rows:,} rows are longer than {config.max_tokens} tokens (the longest has "
+        f"{counts.longest:,}; {config.on_overlength}), {counts.unlearnable:,} have no label"
     )
-    if tally.affected_share > config.max_affected_share or not tally.kept:
+    if counts.affected_share > config.max_affected_share or not counts.kept:
         raise InputError(
             f"{name}: too many rows affected: got {what}; expected at most {config.max_affected_share:.1%} of the rows "
             "(tokenize.max_affected_share). Raise tokenize.max_tokens, set on_overlength=truncate, or raise the share."
@@ -152,4 +152,4 @@ def check_tally(name: str, tally: Tally, config: TokenizeConfig) -> None:
     logger.warning("%s: %s", name, what)
 
 
-__all__ = ["Tally", "check_ends", "check_tally", "count_bos", "fit", "shorten"]
+__all__ = ["RowCounts", "check_counts", "check_ends", "count_bos", "fit", "shorten"]

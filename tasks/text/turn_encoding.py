@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tasks.refs import InputError
 from tasks.text.encoding import BatchEncoder, Encoded, Ids, from_ids, to_ids
-from tasks.text.turns import Field, Segment, Shape, Template, find_shape, special_pattern
+from tasks.text.turns import Field, Segment, Template, TurnShape, find_shape, special_pattern
 from tasks.text.word_encoding import make_encoder
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def choose_encoder(backend: Backend, turns: pa.RecordBatch, width: int, template
 class TurnEncoder:
     """Encodes turns to bodies, and joins bodies to conversations."""
 
-    def __init__(self, shape: Shape, encoder: BatchEncoder) -> None:
+    def __init__(self, shape: TurnShape, encoder: BatchEncoder) -> None:
         self.shape = shape
         self._encoder = encoder
 

@@ -43,8 +43,8 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What surrounds and fills a body, as ids."""
+class TurnShape:
+    """The ids around the bodies of turns, and the parts of a body."""
 
     opening: Ids
     rejoin: Ids
@@ -52,7 +52,7 @@ class Shape:
     body: tuple[Segment | int, ...]
 
 
-def find_shape(backend: Backend, template: Template) -> Shape | None:
+def find_shape(backend: Backend, template: Template) -> TurnShape | None:
     """The constant parts of a conversation and the parts of a turn; None when no cut is safe."""
     head = (template["bos"] or "") + template["preamble"]
     before_eos, eos, trailing = template["after_answer"].partition(template["eos"])
@@ -68,7 +68,7 @@ def find_shape(backend: Backend, template: Template) -> Shape | None:
         *_split_specials(backend, before_eos),
         special_id(backend, eos),
     ]
-    return Shape(
+    return TurnShape(
         opening=_constant(backend, head + before_prompt[:cut]),
         rejoin=_constant(backend, trailing + before_prompt[:cut]),
         closing=_constant(backend, trailing),
@@ -142,4 +142,4 @@ def _segments(pieces: Sequence[str | Field | int]) -> list[Segment | int]:
     return segments
 
 
-__all__ = ["Field", "Segment", "Shape", "Template", "find_cut", "find_shape", "special_pattern"]
+__all__ = ["Field", "Segment", "Template", "TurnShape", "find_cut", "find_shape", "special_pattern"]

@@ -1,4 +1,4 @@
-"""What trains: one Protocol, and the values that it takes; hf.py, unsloth.py and fast/backend.py keep to it."""
+"""Libraries that train: one Protocol, and the values that it takes; hf.py, unsloth.py and fast/backend.py keep to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tasks.refs import Model, Value
 
 
 class Resolved(Value):
-    """What a request comes to on the machine at hand; pinned for a whole training, so that a resume can't change it."""
+    """A request as the machine at hand can meet it; pinned for a whole training, so that a resume can't change it."""
 
     dtype: Literal["bfloat16", "float16", "float32"]
     load_in_4bit: bool
@@ -47,35 +47,10 @@ class Job:
     """tokens.arrow of the rows whose loss is looked at every config.eval_steps."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """How the training stands after a logged step; means are over the steps since the report before."""
-
-    step: int
-    steps: int
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    tokens_per_second: float
-    eta_seconds: float
-
-
-class Progress(Protocol):
-    """Hears of a training while it runs; may be slow or fail without any effect on it."""
-
-    def report(self, report: Report) -> None:
-        """Called after each logged step."""
-        ...
-
-    def close(self) -> None:
-        """Called once, when the training has ended in whatever way."""
-        ...
-
-
 class Backend(Protocol):
     """A library that trains."""
 
-    def train(self, job: Job, progress: Progress) -> float:
+    def train(self, job: Job) -> float:
         """Train until the last step, whose checkpoint in the work directory is the result; the peak of memory in GiB.
 
         Raises:

@@ -60,7 +60,7 @@ def is_last(checkpoint: Path) -> bool:
 
 
 def damage_of(checkpoint: Path, *, digests: bool = True) -> str | None:
-    """What is wrong with a checkpoint, if anything; without `digests` only sizes are compared."""
+    """The fault of a checkpoint, if any; without `digests` only sizes are compared."""
     try:
         sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -90,7 +90,7 @@ def drop_from(work: Path, step: int) -> None:
 
 
 def resumable(work: Path) -> str | None:
-    """What an unfinished training left behind, for the plan; quick: sizes only."""
+    """Say what an unfinished training left behind, for the plan; quick: sizes only."""
     good = next((path for path in checkpoints(work) if damage_of(path, digests=False) is None), None)
     return f"resumable from step {step_of(good)}" if good else None
 

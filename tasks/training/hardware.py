@@ -1,10 +1,10 @@
-"""What a request comes to on the machine at hand, and refusals before anything is loaded."""
+"""A request resolved on the machine at hand, and refusals before anything is loaded."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from platform import machine
 from typing import Literal
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 DType = Literal["bfloat16", "float16", "float32"]
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "unsloth", "unsloth_zoo")
+"""Packages whose versions decide what training comes to."""
 
 
 def resolve(config: FinetuneConfig, weights: WeightsConfig, device: str) -> Resolved:
@@ -35,7 +36,7 @@ def resolve(config: FinetuneConfig, weights: WeightsConfig, device: str) -> Reso
         gradient_checkpointing=config.gradient_checkpointing,
         device=device,
         device_name=device_name(device),
-        versions=versions(),
+        versions=package_versions(LIBRARIES),
     )
 
 
@@ -50,7 +51,7 @@ def resolve_optimizer(wanted: str, device: str) -> str:
 
 def check_backend(name: str) -> None:
     """Refuse the unsloth backend where its library is not installed."""
-    if name == "unsloth" and find_spec("unsloth") is None:
+    if name == "unsloth" and name not in package_versions(LIBRARIES):
         raise ConfigError(
             "finetune.backend: Unsloth is not installed: got unsloth; expected an installed backend. "
             'Install it (pip install "amazon-ft[cuda]") or set finetune.backend=hf finetune.gradient_checkpointing=full.'
@@ -118,10 +119,10 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else "CPU"
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries that decide what training comes to."""
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """{package: version} of those that are installed."""
     found: dict[str, str] = {}
-    for name in LIBRARIES:
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

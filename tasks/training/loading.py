@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tasks.config import LoraSection
 from tasks.refs import Model
 
 
@@ -39,6 +40,26 @@ def load_tokenizer(model: Model) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def attach_fresh_adapter(model: Any, lora: LoraSection) -> Any:
+    """PEFT's wrapper with a fresh adapter around a model as it is; the start depends on lora.random_state alone."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(lora.random_state)
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            bias=lora.bias,
+            target_modules=list(lora.target_modules),
+            use_rslora=lora.use_rslora,
+            task_type="CAUSAL_LM",
+        ),
+    )
 
 
 def is_quantized(path: Path) -> bool:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 from tasks.config import FinetuneConfig
 from tasks.refs import InputError, PipelineError
 from tasks.training.backend import Job, Resolved
 from tasks.training.checkpoints import describe_kept
+from tasks.training.errors import first_line, is_out_of_memory
 from tasks.training.hardware import GIB
+from tasks.training.model_shape import ModelShape
 
 BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 NF4_BYTES = 0.53
@@ -23,50 +22,7 @@ LOSS_TOKENS = 1024
 """Tokens whose logits are in memory at once: both backends take the loss in chunks."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A Llama-like model's dimensions, from its config.json."""
-
-    hidden: int
-    layers: int
-    vocabulary: int
-    tied: bool
-    linear: dict[str, tuple[int, int]]
-    """(in, out) features of each linear module of a layer, by name."""
-
-    @property
-    def layer_parameters(self) -> int:
-        """Parameters of one layer's linear modules."""
-        return sum(inputs * outputs for inputs, outputs in self.linear.values())
-
-
-def read_shape(model: Path) -> Shape | None:
-    """The model's dimensions, or None for an architecture without Llama's modules."""
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    try:
-        hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-        size = config.get("head_dim") or hidden // heads
-        keys = size * config.get("num_key_value_heads", heads)
-        return Shape(
-            hidden=hidden,
-            layers=config["num_hidden_layers"],
-            vocabulary=config["vocab_size"],
-            tied=bool(config.get("tie_word_embeddings")),
-            linear={
-                "q_proj": (hidden, size * heads),
-                "k_proj": (hidden, keys),
-                "v_proj": (hidden, keys),
-                "o_proj": (size * heads, hidden),
-                "gate_proj": (hidden, inner),
-                "up_proj": (hidden, inner),
-                "down_proj": (inner, hidden),
-            },
-        )
-    except KeyError:
-        return None
-
-
-def estimate_gib(shape: Shape, config: FinetuneConfig, resolved: Resolved, tokens: int) -> dict[str, float]:
+def estimate_gib(shape: ModelShape, config: FinetuneConfig, resolved: Resolved, tokens: int) -> dict[str, float]:
     """The least memory that a training step of so many tokens takes, in GiB: weights, adapter, optimizer, activations, total."""
     size = BYTES[resolved.dtype]
     linear = shape.layers * shape.layer_parameters * (NF4_BYTES if resolved.load_in_4bit else size)
@@ -129,15 +85,6 @@ def _or(names: list[str]) -> str:
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error means that memory ran out; torch raises a bare RuntimeError for the CPU's.
-
-    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
-    True
-    """
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-
-
 @contextmanager
 def training_errors_explained(job: Job) -> Generator[None]:
     """Turn running out of memory into a PipelineError that names the settings to change and the checkpoint kept."""
@@ -152,6 +99,4 @@ def training_errors_explained(job: Job) -> Generator[None]:
         ) from error
 
 
-def first_line(error: Exception) -> str:
-    """What an error says first; its name if it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+__all__ = ["check_memory", "estimate_gib", "memory_advice", "training_errors_explained"]

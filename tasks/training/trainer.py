@@ -18,16 +18,16 @@ from itertools import islice
 from types import FrameType
 from typing import Any
 
-from tasks.training.backend import Job, Progress
+from tasks.training.backend import Job
 from tasks.training.checkpoints import describe_kept, prune, seal, step_of
 from tasks.training.hardware import peak_gib, used_gib
-from tasks.training.validation import HeldOut, best_step, has_stopped_improving
-from tasks.training.watch import LOG, Verdict, Watch, read_log, rewind_log
+from tasks.training.validation import ValidationLoss, best_step, has_stopped_improving
+from tasks.training.watch import LOG, DivergenceCheck, Watch, read_log, rewind_log
 
 logger = logging.getLogger(__name__)
 
 
-def fit(job: Job, model: Any, tokenizer: Any, progress: Progress, settings: dict[str, Any]) -> float:
+def train_with_trl(job: Job, model: Any, tokenizer: Any, settings: dict[str, Any]) -> float:
     """Train the wrapped model with TRL; return the peak of memory in GiB.
 
     `settings` are the arguments of SFTConfig in which the backends differ.
@@ -35,10 +35,10 @@ def fit(job: Job, model: Any, tokenizer: Any, progress: Progress, settings: dict
     Raises:
         DivergedError: naming the step and the uids of its rows.
     """
-    return run(job, make_trainer(job, model, tokenizer, settings), progress)
+    return run_trainer(job, make_sft_trainer(job, model, tokenizer, settings))
 
 
-def run(job: Job, trainer: Any, progress: Progress) -> float:
+def run_trainer(job: Job, trainer: Any) -> float:
     """Let a transformers.Trainer train, watched, sealed and resumable; return the peak of memory in GiB.
 
     Raises:
@@ -48,8 +48,7 @@ def run(job: Job, trainer: Any, progress: Progress) -> float:
     watch = Watch(
         log=job.work / LOG,
         steps=planned_steps(trainer),
-        progress=progress,
-        verdict=Verdict(
+        check=DivergenceCheck(
             max_loss=job.config.max_loss,
             scaled=job.resolved.dtype == "float16",
             rows_of=lambda step: rows_of_step(trainer, step),
@@ -63,7 +62,7 @@ def run(job: Job, trainer: Any, progress: Progress) -> float:
     return peak_gib(job.resolved.device)
 
 
-def make_trainer(job: Job, model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
+def make_sft_trainer(job: Job, model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
     """The SFTTrainer; whatever it prints goes to standard error."""
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]  # where Unsloth puts its own
@@ -169,7 +168,7 @@ def _attach(trainer: Any, watch: Watch, job: Job) -> None:
 
     trainer.training_step, trainer._get_grad_norm = training_step, get_grad_norm
 
-    held_out = HeldOut(job.held_out, job.config, job.resolved.device) if job.held_out else None
+    validation = ValidationLoss(job.held_out, job.config, job.resolved.device) if job.held_out else None
 
     class Watched(TrainerCallback):
         def on_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
@@ -177,7 +176,7 @@ def _attach(trainer: Any, watch: Watch, job: Job) -> None:
 
         def on_step_end(self, *args: Any, **_: Any) -> None:
             _, state, control = args
-            loss = held_out.loss(trainer.model, state.global_step) if held_out else None
+            loss = validation.loss(trainer.model, state.global_step) if validation else None
             watch.step_ended(state.global_step, loss)
             if control.should_log or control.should_save:
                 watch.flush()
@@ -239,13 +238,13 @@ def prints_to_stderr() -> Generator[None]:
 
 
 __all__ = [
-    "fit",
-    "make_trainer",
+    "make_sft_trainer",
     "on_one_gpu",
     "planned_steps",
     "prints_to_stderr",
     "read_rows",
     "rows_of_step",
-    "run",
+    "run_trainer",
     "sft_arguments",
+    "train_with_trl",
 ]

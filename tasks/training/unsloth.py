@@ -12,19 +12,19 @@ from typing import Any
 
 from tasks.config import LoraSection
 from tasks.refs import ConfigError, home
-from tasks.training.backend import Job, Progress
-from tasks.training.trainer import fit, prints_to_stderr
+from tasks.training.backend import Job
+from tasks.training.trainer import prints_to_stderr, train_with_trl
 
 
 class UnslothBackend:
     """Unsloth's FastLanguageModel with TRL's trainer as Unsloth patches it."""
 
-    def train(self, job: Job, progress: Progress) -> float:
+    def train(self, job: Job) -> float:
         """Train with Unsloth; see tasks.training.backend.Backend."""
         with prints_to_stderr():
             model, tokenizer = load(job)
-            model = wrap(model, job.config.lora, job.resolved.gradient_checkpointing)
-            return fit(job, model, tokenizer, progress, {"max_length": job.max_tokens})
+            model = attach_unsloth_adapter(model, job.config.lora, job.resolved.gradient_checkpointing)
+            return train_with_trl(job, model, tokenizer, {"max_length": job.max_tokens})
 
 
 def load(job: Job) -> tuple[Any, Any]:
@@ -42,7 +42,7 @@ def load(job: Job) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def wrap(model: Any, lora: LoraSection, gradient_checkpointing: str) -> Any:
+def attach_unsloth_adapter(model: Any, lora: LoraSection, gradient_checkpointing: str) -> Any:
     """The base model with a fresh adapter, by the document's arguments."""
     library = import_unsloth()
     return library.FastLanguageModel.get_peft_model(
@@ -77,4 +77,4 @@ def import_unsloth() -> Any:
     return unsloth
 
 
-__all__ = ["UnslothBackend", "import_unsloth", "load", "wrap"]
+__all__ = ["UnslothBackend", "attach_unsloth_adapter", "import_unsloth", "load"]

@@ -15,8 +15,8 @@ from tasks.training.inference.likelihood import labelled_tokens, row_nll
 from tasks.training.watch import StepRecord
 
 
-class HeldOut:
-    """Measures a model on the held-out rows when it is due."""
+class ValidationLoss:
+    """Measures a model's loss on the held-out rows when it is due."""
 
     def __init__(self, rows: Path, config: FinetuneConfig, device: str) -> None:
         """`rows` is tokens.arrow."""
@@ -66,4 +66,4 @@ def _worth(record: StepRecord) -> float:
     return loss if loss is not None and loss == loss else float("inf")  # NaN is worse than any number
 
 
-__all__ = ["HeldOut", "best_step", "has_stopped_improving"]
+__all__ = ["ValidationLoss", "best_step", "has_stopped_improving"]

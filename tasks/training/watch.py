@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tasks.caching import files
+from tasks.caching.context import tell
+from tasks.caching.events import StepsLogged
 from tasks.refs import DivergedError
-from tasks.training.backend import Progress, Report
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class StepRecord:
     seconds: float = math.nan
     """Since the training began; what lay between an interruption and its resume is left out."""
     memory_gib: float = math.nan
-    """What the process holds on its device after the step."""
+    """Held by the process on its device after the step."""
     held_out_loss: float | None = None
     """Nats per labelled token of the held-out rows after the step, where it was measured."""
 
@@ -61,11 +62,10 @@ class Pending:
 class Watch:
     """Collects steps; hands them to the log, the listeners and the check when a step is logged or saved."""
 
-    def __init__(self, *, log: Path, steps: int, progress: Progress, verdict: Verdict, memory_gib: Callable[[], float]) -> None:
+    def __init__(self, *, log: Path, steps: int, check: DivergenceCheck, memory_gib: Callable[[], float]) -> None:
         self._log = log
         self._steps = steps
-        self._progress = progress
-        self._verdict = verdict
+        self._check = check
         self._open = Pending()
         self._waiting: list[Pending] = []
         self._memory_gib = memory_gib
@@ -108,7 +108,7 @@ class Watch:
             file.flush()
             os.fsync(file.fileno())
         report = self._report(records)
-        self._progress.report(report)
+        tell(report)
         logger.info(
             "step %d of %d: loss %.4f, learning rate %.2e, gradient norm %.3f, %.0f tokens/s, %.0f s left",
             *(report.step, report.steps, report.loss, report.learning_rate, report.grad_norm),
@@ -116,13 +116,13 @@ class Watch:
         )
         if records[-1].held_out_loss is not None:
             logger.info("step %d: held-out loss %.4f", report.step, records[-1].held_out_loss)
-        self._verdict.judge(records)
+        self._check.judge(records)
 
-    def _report(self, records: Sequence[StepRecord]) -> Report:
+    def _report(self, records: Sequence[StepRecord]) -> StepsLogged:
         now = time.monotonic()
         seconds, self._since = max(now - self._since, 1e-9), now
         last = records[-1]
-        return Report(
+        return StepsLogged(
             step=last.step,
             steps=self._steps,
             loss=sum(record.loss for record in records) / len(records),
@@ -130,11 +130,12 @@ class Watch:
             learning_rate=last.learning_rate,
             tokens_per_second=sum(record.tokens for record in records) / seconds,
             eta_seconds=(self._steps - last.step) * seconds / len(records),
+            records=tuple(asdict(record) for record in records),
         )
 
 
 @dataclass(frozen=True)
-class Verdict:
+class DivergenceCheck:
     """Decides whether a step went wrong."""
 
     max_loss: float

@@ -48,7 +48,7 @@ def loaded(model: Path, seed: int, *, in_nf4: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     from tasks.config import LoraSection
-    from tasks.training.hf import add_adapter
+    from tasks.training.loading import attach_fresh_adapter
 
     base = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.bfloat16, attn_implementation="sdpa")
     if in_nf4:
@@ -58,7 +58,7 @@ def loaded(model: Path, seed: int, *, in_nf4: bool = False) -> Any:
             if name.endswith("_proj"):
                 packed, state = quantize_4bit(module.weight.data, quant_type="nf4", compress_statistics=True)
                 module.weight.data = dequantize_4bit(packed, state)
-    wrapped = add_adapter(base, LoraSection(random_state=seed))
+    wrapped = attach_fresh_adapter(base, LoraSection(random_state=seed))
     for parameter in adapter_of(wrapped).values():
         parameter.data = parameter.data.float()
     return wrapped

@@ -60,12 +60,12 @@ def profile(model: Path, data: Path, device: str, held: str) -> dict[str, Any]:
     from tasks.training import trainer
     from tasks.training.fast import backend as fast
 
-    def watched(job: Any, made: Any, progress: Any) -> float:
+    def watched(job: Any, made: Any) -> float:
         made.add_callback(Profiling())
-        return trainer.run(job, made, progress)
+        return trainer.run_trainer(job, made)
 
     with patch.object(fast, "run", watched):
-        told = train_ours.run(reference(model), data / "packs.arrow", device, held, WARM + PROFILED, 1)
+        told = train_ours.time_training(reference(model), data / "packs.arrow", device, held, WARM + PROFILED, 1)
     rows = [
         (event.key, event.self_device_time_total if device == "cuda" else event.self_cpu_time_total, event.count)
         for event in profiler.key_averages()
@@ -83,10 +83,10 @@ def attention(model: Path, data: Path, device: str) -> dict[str, Any]:
     from datasets import Dataset
     from triton.testing import do_bench
 
-    from tasks.training.fast.backend import gpu_collator, measure
+    from tasks.training.fast.backend import gpu_collator, max_lengths
 
     packs: Any = Dataset.from_file(str(data / "packs.arrow"))
-    most = measure(packs)
+    most = max_lengths(packs)
     collate = gpu_collator(most, 1, packed=True)
     heads, groups = LLAMA3_8B["num_attention_heads"], LLAMA3_8B["num_key_value_heads"]
     size = LLAMA3_8B["hidden_size"] // heads
@@ -190,9 +190,9 @@ def wide(dtype: torch.dtype, device: str, seed: int) -> Any:
 
 def with_adapter(base: Any) -> Any:
     from tasks.config import LoraSection
-    from tasks.training.hf import add_adapter
+    from tasks.training.loading import attach_fresh_adapter
 
-    wrapped = add_adapter(base, LoraSection())
+    wrapped = attach_fresh_adapter(base, LoraSection())
     draw = torch.Generator().manual_seed(1)
     for name, parameter in adapter_of(wrapped).items():
         value = torch.randn(parameter.shape, generator=draw) * 0.02 if "lora_B" in name else parameter.data.cpu()
@@ -208,7 +208,7 @@ def capped(model: Path, data: Path, device: str, gib: str) -> dict[str, Any]:
     room = float(gib) - DRIVER_GIB
     torch.cuda.set_per_process_memory_fraction(room * hardware.GIB / torch.cuda.get_device_properties(0).total_memory)
     with patch.object(hardware, "free_gib", lambda _: room), driver_peak() as seen:
-        told = train_ours.run(reference(model), data / "packs.arrow", device, "auto", STEPS, WINDOWS)
+        told = train_ours.time_training(reference(model), data / "packs.arrow", device, "auto", STEPS, WINDOWS)
     reserved = round(torch.cuda.max_memory_reserved() / hardware.GIB, 3)
     return {"cap_gib": float(gib), "reserved_gib": reserved, "driver_gib": round(max(seen) / hardware.GIB, 3), **told}
 

@@ -179,7 +179,7 @@ def ours(request: Request, clock: Clock) -> dict[str, Any]:
 
     job, library = our_job(request), unsloth.import_unsloth()
     model, tokenizer = unsloth.load(job)
-    model = unsloth.wrap(model, job.config.lora, job.resolved.gradient_checkpointing)
+    model = unsloth.attach_unsloth_adapter(model, job.config.lora, job.resolved.gradient_checkpointing)
     trainer = train_ours(job, model, tokenizer, clock)
     records = read_log(job.work / "train_log.jsonl")
     logged = {name: [getattr(record, name) for record in records] for name in ("loss", "grad_norm", "learning_rate")}
@@ -219,11 +219,11 @@ def our_job(request: Request) -> Any:
 
 def train_ours(job: Any, model: Any, tokenizer: Any, clock: Clock) -> Any:
     """Train as the backends do; the trainer."""
-    from tasks.training.trainer import make_trainer, run
+    from tasks.training.trainer import make_sft_trainer, run_trainer
 
-    trainer = make_trainer(job, model, tokenizer, {"max_length": job.max_tokens})
+    trainer = make_sft_trainer(job, model, tokenizer, {"max_length": job.max_tokens})
     clock.attach(trainer)
-    run(job, trainer, Silent())
+    run_trainer(job, trainer)
     return trainer
 
 
@@ -260,16 +260,6 @@ def alternate(request: Request) -> dict[str, Any]:
         "same_tokens_each_step": tokens["ours"] == tokens["document"],
         "adapter": str(adapter),
     }
-
-
-class Silent:
-    """Listens to a training and says nothing."""
-
-    def report(self, report: Any) -> None:
-        """Hear it."""
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 def save_logits(model: Any, request: Request) -> None:

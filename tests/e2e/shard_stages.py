@@ -8,17 +8,19 @@ from contextlib import suppress
 
 from prefect import flow
 
+from flows.pipeline import read_products
 from flows.recipes import build_recipe
-from flows.running.shards import read_products, task_runner
-from tasks.caching.runs import run_record
-from tasks.caching.stage import StageReached, ending_with
+from flows.running.cluster import task_runner
+from tasks.caching.context import open_run
+from tasks.caching.engine import PrefectEngine
+from tasks.caching.stage import StageReached
 from tasks.ingest import locate_source
 
 
 @flow(task_runner=task_runner())
 def read(sources: list[str]) -> None:
     recipe = build_recipe({"name": "shards", "ingest": {"sources": sources}})
-    with run_record(recipe.name, {}) as record, ending_with("ingest"), suppress(StageReached):
+    with open_run(recipe.name, {}, until="ingest", engine=PrefectEngine()) as record, suppress(StageReached):
         read_products(locate_source(recipe.ingest.sources), recipe.ingest)
         raise AssertionError("a run that ends with ingest went on")
     stages = [(stage["name"], stage["state"]) for stage in record.stages]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flows import pipeline
+from flows.pipeline import pipeline
 from flows.recipes import load_recipe
-from flows.running import dispatch
-from tasks.caching.stage import Stage
+from tasks.caching.context import within
+from tasks.caching.stage import Call, Made, Stage
 from tasks.refs import NoSpaceError
 from tests.e2e.tiny_runs import Tiny
 
@@ -47,26 +48,36 @@ def fill(disk: Path) -> Path:
     return ballast
 
 
-def test_every_stage_survives_a_full_disk(fresh: Tiny, small_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failures: dict[str, str] = {}
+class Twice:
+    """An engine that runs each stage on a full disk first."""
 
-    def execute_twice(stage: Stage[..., Any], inputs: Mapping[str, Any]) -> Any:
-        kept = sorted((small_home / "artifacts").glob("*/*"))
-        ballast = fill(small_home.parent)
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.failures: dict[str, str] = {}
+
+    def start(self, stage: Stage[..., Any], calls: Sequence[Call[Any]]) -> list[Callable[[], Made[Any]]]:
+        return [partial(self.execute_twice, stage, call.inputs) for call in calls]
+
+    def execute_twice(self, stage: Stage[..., Any], inputs: Mapping[str, Any]) -> Made[Any]:
+        kept = sorted((self.home / "artifacts").glob("*/*"))
+        ballast = fill(self.home.parent)
         with pytest.raises(NoSpaceError) as caught:
             stage.execute(inputs)
-        failures[stage.name] = str(caught.value)
-        assert sorted((small_home / "artifacts").glob("*/*")) == kept
-        assert not [*(small_home / "drafts").glob("*")]
+        self.failures[stage.name] = str(caught.value)
+        assert sorted((self.home / "artifacts").glob("*/*")) == kept
+        assert not [*(self.home / "drafts").glob("*")]
         ballast.unlink()
-        return stage.execute(inputs)
+        return stage.make(inputs)
 
+
+def test_every_stage_survives_a_full_disk(fresh: Tiny, small_home: Path) -> None:
     small_home.mkdir(parents=True)
-    monkeypatch.setattr(Stage, "_run", execute_twice)
-    monkeypatch.setattr(pipeline, "tune", dispatch.finetune_and_evaluate)
-    pipeline.pipeline(load_recipe(str(fresh.recipe)))
-    assert list(failures) == ["ingest", "sample", "sharegpt", "template", "tokenize", "finetune", "baseline", "evaluate", "save"]
-    for message in failures.values():
+    engine = Twice(small_home)
+    with within(engine=engine):
+        pipeline(load_recipe(str(fresh.recipe)))
+    stages = ["ingest", "sample", "sharegpt", "template", "tokenize", "finetune", "baseline", "evaluate", "save"]
+    assert list(engine.failures) == stages
+    for message in engine.failures.values():
         assert re.match(
             rf"{small_home}\S*: no space left on the device: needs at least [\d,]+ bytes, [\d,]+ were free\.", message
         )

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from flows.running.shards import read_products
-from tasks.caching.stage import planning
+from flows.pipeline import read_products
+from tasks.caching.context import planning
 from tasks.catalogue import lines
 from tasks.config import CatalogueConfig, IngestConfig
 from tasks.ingest import ingest, locate_source

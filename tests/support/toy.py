@@ -26,7 +26,7 @@ def read(text: str, config: SampleConfig) -> Products:
     return Products(data=_published("products", text.upper() * config.rows, rows=config.rows), lines=len(text))
 
 
-@stage(version=1, progress=lambda key: "resumable from step 3")
+@stage(version=1, unfinished=lambda key: "resumable from step 3")
 def count(products: Products) -> Products:
     """Length of what was read; keeps a work directory."""
     with work_directory(current_key()) as work:

@@ -18,8 +18,9 @@ from tasks.caching.store import publish
 from tasks.config import EvaluateConfig, SharegptConfig, TemplateConfig, TokenizeConfig, WeightsConfig
 from tasks.evaluate import evaluate, side_by_side, title_of
 from tasks.evaluation.answers import Prompt, Said, choose_rows, per_token, render_prompt
-from tasks.refs import Adapter, Artifact, Baseline, Evaluation, InputError, Model, PipelineError, Split
+from tasks.refs import Adapter, Artifact, Baseline, Evaluation, HeldOut, InputError, Model, PipelineError, Split
 from tasks.sharegpt import sharegpt
+from tasks.tables.arrow import read_table
 from tasks.template import template
 from tasks.tokenize import tokenize
 from tasks.training.inference.scoring import Answers
@@ -52,15 +53,12 @@ class Inputs:
 
     model: Model
     adapter: Adapter
-    tokens: Artifact
-    texts: Artifact
-    template: Artifact
+    held_out: HeldOut
 
     def evaluate(self, config: EvaluateConfig = QUICK, **changes: Any) -> Evaluation:
         """Run both stages as their Prefect tasks would, without the engine."""
         inputs = vars(self) | {"config": config, "weights": FLOAT32, "device": "cpu"} | changes
-        inputs["tokenizer"] = inputs["model"].tokenizer
-        asked = {name: inputs[name] for name in baseline.parameters}
+        asked = {name: inputs[name] for name in ("model", "held_out", "config", "weights", "device")}
         base = baseline_of(baseline.key(asked), asked)
         return evaluate.execute(inputs | {"baseline": base, "merged_prompt": "Título do produto: {title}"})
 
@@ -92,7 +90,8 @@ def made(root: Path) -> Inputs:
         texts = template.fn(conversations, model.tokenizer.special, TemplateConfig())
         tokens = tokenize.fn(texts, model.tokenizer, TokenizeConfig(max_tokens=256))
         adapter = train(model, tokens.train, learning_rate=0.02, max_steps=16)
-        return Inputs(model, adapter, tokens.evaluation, texts.evaluation, texts.template)
+        held_out = HeldOut(tokens=tokens.evaluation, texts=texts.evaluation, template=texts.template, tokenizer=model.tokenizer)
+        return Inputs(model, adapter, held_out)
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +126,7 @@ def test_the_loss_is_that_of_an_independent_computation(made: Inputs) -> None:
     from transformers import AutoModelForCausalLM
 
     metrics, _ = read(made.evaluate())
-    with pa.memory_map(str(made.tokens / "tokens.arrow")) as source:
+    with pa.memory_map(str(made.held_out.tokens / "tokens.arrow")) as source:
         rows = pa.ipc.open_stream(source).read_all().to_pylist()
     base = AutoModelForCausalLM.from_pretrained(made.model.path).eval()
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made.model.path), str(made.adapter.data.path)).eval()
@@ -179,16 +178,16 @@ def test_the_batch_size_changes_no_number(made: Inputs) -> None:
 
 
 def test_a_prompt_is_the_beginning_of_the_text_that_was_trained_on(made: Inputs) -> None:
-    with pa.memory_map(str(made.texts / "texts.arrow")) as texts, pa.memory_map(str(made.texts / "turns.arrow")) as turns:
-        text = pa.ipc.open_stream(texts).read_all()["text"].to_pylist()
-        turn = pa.ipc.open_stream(turns).read_all().to_pylist()
-    parts = json.loads((made.template / "template.json").read_text())
+    text = read_table(made.held_out.texts / "texts.arrow")["text"].to_pylist()
+    turn = read_table(made.held_out.texts / "turns.arrow").to_pylist()
+    parts = json.loads((made.held_out.template / "template.json").read_text())
     for row in range(7):
         assert text[row] == render_prompt(turn[row], parts) + turn[row]["answer"] + parts["after_answer"]
 
 
 def test_without_held_out_rows_it_says_why_it_is_skipped(made: Inputs, caplog: pytest.LogCaptureFixture) -> None:
-    skipped = made.evaluate(tokens=made.tokens.model_copy(update={"rows": 0}))
+    none = made.held_out.tokens.model_copy(update={"rows": 0})
+    skipped = made.evaluate(held_out=made.held_out.model_copy(update={"tokens": none}))
     assert caplog.messages == ["evaluate is skipped: no held-out rows: sample.eval_rows is 0, or tokenize dropped them all."]
     assert read(skipped)[0]["rows"] == skipped.data.rows == 0
 

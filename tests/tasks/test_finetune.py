@@ -23,7 +23,7 @@ from tasks.caching import locks
 from tasks.config import FinetuneConfig, WeightsConfig
 from tasks.finetune import _pin, adapter_config, finetune, left_behind, summarize
 from tasks.refs import Adapter, Artifact, ConfigError, DivergedError, InputError, Model, PipelineError
-from tasks.training import hardware, memory
+from tasks.training import hardware, memory, model_shape
 from tasks.training.checkpoints import checkpoints, is_last, step_of
 from tasks.training.loading import is_in_4bit, load_base
 from tasks.training.validation import best_step, has_stopped_improving
@@ -378,7 +378,7 @@ def test_a_base_stored_in_4_bits_computes_in_the_type_that_was_resolved(model: M
 
 
 def test_too_little_gpu_memory_is_refused_part_by_part(tmp_path: Path, model: Model) -> None:
-    shape = memory.read_shape(Path(make_llama3_config(tmp_path)))
+    shape = model_shape.read_shape(Path(make_llama3_config(tmp_path)))
     assert shape is not None
     config = FinetuneConfig()
     resolved = hardware.resolve(FinetuneConfig(backend="hf"), inputs(model, tiny_tokens(1))["weights"], "cpu").model_copy(

@@ -182,8 +182,8 @@ def test_file_that_changes_while_it_is_read_is_refused(source: Path) -> None:
 
 
 def test_progress_is_logged(source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("tasks.caching.progress.REPORT_SECONDS", -1)
-    with caplog.at_level(logging.INFO, "tasks.caching.progress"):
+    monkeypatch.setattr("tasks.tables.progress.REPORT_SECONDS", -1)
+    with caplog.at_level(logging.INFO, "tasks.tables.progress"):
         run(source)
     assert "ingest: 6 lines, " in caplog.text
     assert " a second, 0 s left" in caplog.text

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.running.shards import CLUSTER, gathered, task_runner
+from flows.pipeline import gather_shards
+from flows.running.cluster import CLUSTER, task_runner
 from tasks.config import IngestConfig
 from tasks.ingest import ingest, locate_source
 from tasks.join import join
@@ -25,7 +26,7 @@ def both(paths: list[Path], **changes: Any) -> tuple[Products, Products]:
     config = IngestConfig(sources=tuple(map(str, paths)), **changes)
     source = locate_source(config.sources)
     parts = [ingest.fn(Source(files=(file,), is_shard=True), config) for file in source.files]
-    return ingest.fn(source, config), join.fn(gathered(parts), config)
+    return ingest.fn(source, config), join.fn(gather_shards(parts), config)
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_bad_share_is_that_of_all_files(parts: list[Path]) -> None:
     config = IngestConfig(sources=tuple(map(str, parts)), on_bad_row="quarantine", max_bad_share=0.2)
     shards = [ingest.fn(Source(files=(file,), is_shard=True), config) for file in locate_source(config.sources).files]
     with pytest.raises(InputError) as refused:
-        join.fn(gathered(shards), config)
+        join.fn(gather_shards(shards), config)
     assert str(refused.value) == whole
     assert whole.startswith("ingest: bad lines: got 4 of 16; expected at most max_bad_share=20.00%. First: 1.json line 1: ")
 
@@ -90,7 +91,7 @@ def test_nothing_left_in_any_file_fails(tmp_path: Path) -> None:
     config = IngestConfig(sources=(f"{tmp_path}/*.json",))
     shards = [ingest.fn(Source(files=(file,), is_shard=True), config) for file in locate_source(config.sources).files]
     with pytest.raises(InputError) as refused:
-        join.fn(gathered(shards), config)
+        join.fn(gather_shards(shards), config)
     assert str(refused.value) == (
         "ingest: products: got 0 of 4 lines (2 empty content, 2 empty title); expected at least 1. Check ingest.sources."
     )

@@ -14,7 +14,7 @@ from tasks.config import SharegptConfig, TemplateConfig, TokenizeConfig
 from tasks.refs import Artifact, InputError, Special, Texts, Tokenizer
 from tasks.sharegpt import sharegpt
 from tasks.template import template
-from tasks.text.encoding import load_tokenizer
+from tasks.text.encoding import load_tokenizer_json
 from tasks.tokenize import IGNORED, tokenize
 from tests.support.prepared import AS_WRITTEN, GOLDEN, SPECIAL, encode, golden_products, lines, render, rows_of, split_products
 from tests.support.tiny import BOS, EOS
@@ -45,7 +45,7 @@ def test_tokens_equal_their_golden_file(
 def test_the_stage_gives_the_whole_texts_ids_and_learns_the_answers(tmp_path: Path, turns: int) -> None:
     texts = render(PRODUCTS, turns)
     made = encode(texts, tmp_path / "tiny")
-    backend = load_tokenizer(tmp_path / "tiny")
+    backend = load_tokenizer_json(tmp_path / "tiny")
     for text, row in zip(rows_of(texts.train), rows_of(made.train), strict=True):
         assert row["uids"] == text["uids"]
         assert row["input_ids"] == backend.encode(text["text"], add_special_tokens=False).ids
@@ -130,7 +130,7 @@ def test_special_tokens_in_products_stay_text_by_default_and_become_tokens_as_wr
 ) -> None:
     texts = render([(f"A {EOS} in a title", f"{BOS} and {EOS} in a text"), ("Tutu", "Blue")])
     made = encode(texts, tmp_path / "tiny")
-    backend = load_tokenizer(tmp_path / "tiny")
+    backend = load_tokenizer_json(tmp_path / "tiny")
     row = rows_of(made.train)[0]
     assert (row["input_ids"].count(BOS_ID), row["input_ids"].count(EOS_ID)) == (1, 1)
     assert backend.decode(row["input_ids"], skip_special_tokens=False) == rows_of(texts.train)[0]["text"]

@@ -47,7 +47,7 @@ def merge(adapter: Path, base: Model, dtype: str) -> Merged:
 
 
 def logits(model: Any, base: Model) -> Any:
-    """What a model says to the probe: (tokens, vocabulary), float32."""
+    """A model's logits on the probe: (tokens, vocabulary), float32."""
     import torch
     from transformers import AutoTokenizer
 
@@ -88,7 +88,7 @@ def check_loaded(merged: Merged, directory: Path, base: Model, *, gguf: str | No
     return rounded
 
 
-def check_adapter(wanted: Path, got: Path, base: Model, dtype: str) -> Difference:
+def check_copy(wanted: Path, got: Path, base: Model, dtype: str) -> Difference:
     """Load an adapter and its copy, each on a base model of its own, and compare.
 
     Raises:
@@ -108,4 +108,4 @@ def check_adapter(wanted: Path, got: Path, base: Model, dtype: str) -> Differenc
     return difference
 
 
-__all__ = ["Difference", "Merged", "check_adapter", "check_loaded", "compare_logits", "logits", "merge"]
+__all__ = ["Difference", "Merged", "check_copy", "check_loaded", "compare_logits", "logits", "merge"]

@@ -1,8 +1,8 @@
 """The fast backend: packs on one GPU as fast as it allows; on the CPU the same arithmetic, for tests and small models.
 
-    loading.py -> PEFT -> packed.py        the model: frozen matrices fused, compiled layers
+    ../loading.py -> PEFT -> packed.py     the model: frozen matrices fused, compiled layers
     packed.py -> attention.py              attention within rows
-    transformers.Trainer -> trainer.py     the loop: schedule, clipping, checkpoints, resume, telemetry, as the other backends
+    transformers.Trainer -> ../trainer.py  the loop: schedule, clipping, checkpoints, resume, telemetry, as the other backends
 
 What is our own here, because no library does it as fast or at all, and by how much, is measured in tests/bench/LOG.md.
 """
@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.training.backend import Job, Progress
-from tasks.training.hf import add_adapter
-from tasks.training.loading import load_base, load_tokenizer
-from tasks.training.trainer import on_one_gpu, read_rows, run, sft_arguments
+from tasks.training.backend import Job
+from tasks.training.loading import attach_fresh_adapter, load_base, load_tokenizer
+from tasks.training.trainer import on_one_gpu, read_rows, run_trainer, sft_arguments
 
 if TYPE_CHECKING:
     from tasks.training.fast.packed import Collator, PackedLlama
@@ -34,19 +33,19 @@ SLICE_STEP = 2048
 class FastBackend:
     """Our own forward pass over PEFT's parameters, in transformers' Trainer."""
 
-    def train(self, job: Job, progress: Progress) -> float:
+    def train(self, job: Job) -> float:
         """Train on packs, or on rows laid end to end; see tasks.training.backend.Backend."""
         resolved = job.resolved
         model = load_base(Path(job.model.path), resolved.dtype, load_in_4bit=resolved.load_in_4bit, device=resolved.device)
-        return run(job, make_trainer(job, add_adapter(model, job.config.lora), load_tokenizer(job.model)), progress)
+        return run_trainer(job, make_packed_trainer(job, attach_fresh_adapter(model, job.config.lora), load_tokenizer(job.model)))
 
 
-def make_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
+def make_packed_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
     """A transformers.Trainer of the wrapped model, whose loss is that of tasks/training/fast/packed.py."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     rows = read_rows(job)
-    packed = take_over(job, wrapped)
+    packed = packed_llama(job, wrapped)
 
     class PackedTrainer(Trainer):
         def compute_loss(self, model: Any, inputs: Any, *_: Any, num_items_in_batch: Any = None, **__: Any) -> Any:
@@ -56,9 +55,9 @@ def make_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
     known = {name: value for name, value in sft_arguments(job).items() if name not in ONLY_TRL}
     trainer = PackedTrainer(
         model=wrapped,
-        args=on_one_gpu(TrainingArguments(**(known | settings(job.resolved.device)))),
+        args=on_one_gpu(TrainingArguments(**(known | fast_arguments(job.resolved.device)))),
         train_dataset=rows,
-        data_collator=collator(job, measure(rows)),
+        data_collator=collator(job, max_lengths(rows)),
         processing_class=tokenizer,
     )
     trainer.model_accepts_loss_kwargs = True  # the loss is already divided by all labelled tokens of a step
@@ -66,7 +65,7 @@ def make_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
     return trainer
 
 
-def settings(device: str) -> dict[str, Any]:
+def fast_arguments(device: str) -> dict[str, Any]:
     """TrainingArguments of this backend: no autocast, for packed.py casts where it must, and no waiting for each loss.
 
     Nor for a batch to be copied to the GPU: that would be waiting until all steps before are done, and only then laying out
@@ -79,7 +78,7 @@ def settings(device: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Lengths:
-    """What the data's rows measure, in tokens and rows."""
+    """The largest sizes of a data set, in tokens and rows."""
 
     pack: int
     """Tokens of the longest pack, or row where rows are not packed."""
@@ -89,8 +88,8 @@ class Lengths:
     """Rows of the fullest pack."""
 
 
-def measure(dataset: Any) -> Lengths:
-    """The largest sizes of a data set, read without its tokens."""
+def max_lengths(dataset: Any) -> Lengths:
+    """Read the largest sizes of a data set, without its tokens."""
     import pyarrow.compute as pc
 
     def longest(name: str) -> int:
@@ -103,7 +102,7 @@ def measure(dataset: Any) -> Lengths:
     return Lengths(pack, int(pc.max(pc.list_flatten(table["seq_lengths"])).as_py()), longest("seq_lengths"))
 
 
-def take_over(job: Job, wrapped: Any) -> PackedLlama:
+def packed_llama(job: Job, wrapped: Any) -> PackedLlama:
     """The wrapped model as a function of packs."""
     from tasks.training.fast.packed import PackedLlama
 
@@ -142,4 +141,6 @@ def round_up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-__all__ = ["FastBackend", "collator", "gpu_collator", "make_trainer", "measure", "round_up", "settings", "take_over"]
+__all__ = [
+    "FastBackend", "collator", "fast_arguments", "gpu_collator", "make_packed_trainer", "max_lengths", "packed_llama", "round_up",
+]  # fmt: skip

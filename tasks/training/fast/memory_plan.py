@@ -13,7 +13,8 @@ from tasks.config import FinetuneConfig, FrozenWeights
 from tasks.refs import ConfigError
 from tasks.training.backend import Resolved
 from tasks.training.hardware import GIB
-from tasks.training.memory import Shape, estimate_gib
+from tasks.training.memory import estimate_gib
+from tasks.training.model_shape import ModelShape
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +26,12 @@ FP8_HIDDEN = 2048
 """`auto` rounds no narrower model. fp8 costs SmolLM2-135M, 576 wide, held-out loss (tests/bench/LOG.md), and speeds up
 Llama-3-8B, 4,096 wide; where between the two it begins to pay was not measured."""
 KEPT = 1.45
-"""Activations over the least estimate: Llama-3-8B, 8,192 tokens, took 38.5 GiB where memory.py says 26.6 (tests/bench/LOG.md)."""
+"""Activations over the least estimate: Llama-3-8B, 8,192 tokens, took 38.5 GiB, estimate_gib says 26.6 (tests/bench/LOG.md)."""
 USABLE = 0.95
 """Share of the free memory to plan with; the rest goes to fragments."""
 
 
-def choose(config: FinetuneConfig, resolved: Resolved, shape: Shape, tokens: int, free_gib: float | None) -> Resolved:
+def choose(config: FinetuneConfig, resolved: Resolved, shape: ModelShape, tokens: int, free_gib: float | None) -> Resolved:
     """The fastest of the wanted ways whose estimate fits into the free memory; the leanest where none does.
 
     Raises:
@@ -54,7 +55,7 @@ def choose(config: FinetuneConfig, resolved: Resolved, shape: Shape, tokens: int
     return chosen
 
 
-def check_model(path: Path, dtype: str) -> None:
+def check_supported(path: Path, dtype: str) -> None:
     """Refuse a model that packed.py does not compute, by its config.json.
 
     Raises:
@@ -91,7 +92,7 @@ def is_fp8(held: str) -> bool:
 
 
 def ways(config: FinetuneConfig, capability: tuple[int, int], hidden: int) -> Iterator[tuple[FrozenWeights, Checkpointing]]:
-    """What is wanted and can be had here for a model of that width, fastest first.
+    """The ways that are wanted and can be had here for a model of that width, fastest first.
 
     >>> list(ways(FinetuneConfig(backend="fast", gradient_checkpointing="auto"), (8, 0), 4096))
     [('plain', 'none'), ('plain', 'full'), ('nf4', 'none'), ('nf4', 'full')]
@@ -107,7 +108,7 @@ def _checkpointing(config: FinetuneConfig) -> Checkpointing:
     return "none" if config.gradient_checkpointing == "none" else "full"
 
 
-def _estimate(shape: Shape, config: FinetuneConfig, resolved: Resolved, tokens: int) -> dict[str, float]:
+def _estimate(shape: ModelShape, config: FinetuneConfig, resolved: Resolved, tokens: int) -> dict[str, float]:
     parts = {name: value for name, value in estimate_gib(shape, config, resolved, tokens).items() if name != "total"}
     if resolved.frozen_weights == "fp8-backward":
         parts["weights"] = round(parts["weights"] + shape.layers * shape.layer_parameters / GIB, 4)
@@ -131,4 +132,4 @@ def compute_capability(device: str) -> tuple[int, int]:
     return torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
 
 
-__all__ = ["FP8_CAPABILITY", "check_model", "choose", "compute_capability", "is_fp8", "ways"]
+__all__ = ["FP8_CAPABILITY", "check_supported", "choose", "compute_capability", "is_fp8", "ways"]

@@ -50,7 +50,7 @@ class Map(NamedTuple):
     """B of each map, (out, rank)."""
 
 
-class Rows(NamedTuple):
+class RowBounds(NamedTuple):
     """Where the rows of a batch are, as tasks/training/fast/attention.py reads them."""
 
     bounds: Tensor
@@ -60,8 +60,8 @@ class Rows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a block must know beside its tensors."""
+class LayerConfig:
+    """A decoder layer's numbers beside its tensors."""
 
     query_heads: int
     key_heads: int
@@ -79,11 +79,11 @@ class PackedLlama:
         llama, config = wrapped.get_base_model(), wrapped.config
         self._body, self._head = llama.model, llama.lm_head.weight
         dtype = self._body.embed_tokens.weight.dtype
-        maps = [[take_over(getattr(layer, part), names, kind, dtype) for part, names in GROUPS] for layer in self._body.layers]
+        maps = [[fuse_linears(getattr(layer, part), names, kind, dtype) for part, names in GROUPS] for layer in self._body.layers]
         norms = [(layer.input_layernorm.weight, layer.post_attention_layernorm.weight) for layer in self._body.layers]
         self._layers = list(zip(maps, norms, strict=True))
         size = self._body.layers[0].self_attn.head_dim
-        self._shape = Shape(
+        self._config = LayerConfig(
             query_heads=config.num_attention_heads,
             key_heads=config.num_key_value_heads,
             head_size=size,
@@ -97,49 +97,49 @@ class PackedLlama:
     def loss(self, batch: Mapping[str, Any], items: Tensor | int) -> Tensor:
         """Negative log-likelihood of the batch's labelled tokens over `items`, the labelled tokens of a whole step."""
         hidden = self.hidden(batch).index_select(0, batch["positions"])
-        hidden = rms_norm(hidden, self._body.norm.weight, self._shape.epsilon)
+        hidden = rms_norm(hidden, self._body.norm.weight, self._config.epsilon)
         return linear_loss(hidden, self._head, batch["shift_labels"], items, compiled=self._compiled)
 
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (T, vocabulary) of every token."""
-        return rms_norm(self.hidden(batch), self._body.norm.weight, self._shape.epsilon) @ self._head.t()
+        return rms_norm(self.hidden(batch), self._body.norm.weight, self._config.epsilon) @ self._head.t()
 
     def hidden(self, batch: Mapping[str, Any]) -> Tensor:
-        """What the last layer makes of the tokens, (T, W), before the last norm."""
+        """The last layer's output for the tokens, (T, W), before the last norm."""
         x = self._body.embed_tokens(batch["input_ids"])
         cos, sin = (part[0] for part in self._body.rotary_emb(x, batch["position_ids"]))
         x = x[0].detach().requires_grad_(torch.is_grad_enabled())  # as in later layers, so that one compiled block serves all
-        rows = Rows(batch["bounds"], torch.tensor(batch["sizes"]))
+        rows = RowBounds(batch["bounds"], torch.tensor(batch["sizes"]))
         for maps, norms in self._layers:
-            self._refresh(maps, self._shape, x.dtype)
-            inputs = (x, cos, sin, rows, maps, norms, self._shape)
+            self._refresh(maps, self._config, x.dtype)
+            inputs = (x, cos, sin, rows, maps, norms, self._config)
             x = checkpoint(self._block, *inputs, use_reentrant=False) if self._checkpointed else self._block(*inputs)
         return x
 
 
 def block(
-    x: Tensor, cos: Tensor, sin: Tensor, rows: Rows, maps: Sequence[Map], norms: tuple[Tensor, Tensor], shape: Shape
+    x: Tensor, cos: Tensor, sin: Tensor, rows: RowBounds, maps: Sequence[Map], norms: tuple[Tensor, Tensor], layer: LayerConfig
 ) -> Tensor:
     """One decoder layer: x (T, W) to (T, W)."""
     into_heads, out_of_heads, widen, narrow = maps
-    heads = _apply(into_heads, rms_norm(x, norms[0], shape.epsilon), shape).view(len(x), -1, shape.head_size)  # (T, H + 2G, D)
-    q, k, v = heads.split([shape.query_heads, shape.key_heads, shape.key_heads], 1)
+    heads = _apply(into_heads, rms_norm(x, norms[0], layer.epsilon), layer).view(len(x), -1, layer.head_size)  # (T, H + 2G, D)
+    q, k, v = heads.split([layer.query_heads, layer.key_heads, layer.key_heads], 1)
     mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, *rows)
-    x = x + _apply(out_of_heads, mixed.reshape(len(x), -1), shape)
-    gate, up = _apply(widen, rms_norm(x, norms[1], shape.epsilon), shape).chunk(2, 1)
-    return x + _apply(narrow, functional.silu(gate) * up, shape)
+    x = x + _apply(out_of_heads, mixed.reshape(len(x), -1), layer)
+    gate, up = _apply(widen, rms_norm(x, norms[1], layer.epsilon), layer).chunk(2, 1)
+    return x + _apply(narrow, functional.silu(gate) * up, layer)
 
 
-def refresh_layer(maps: Sequence[Map], shape: Shape, dtype: torch.dtype) -> None:
+def refresh_layer(maps: Sequence[Map], layer: LayerConfig, dtype: torch.dtype) -> None:
     """Put a layer's adapters as they are now beside its frozen matrices."""
     with torch.no_grad():
         for kind, base, downs, ups in maps:
-            frozen.refresh(kind, base, *frozen.adapter_matrices(downs, ups, shape.scaling, dtype))
+            frozen.refresh(kind, base, *frozen.adapter_matrices(downs, ups, layer.scaling, dtype))
 
 
-def _apply(linear: Map, x: Tensor, shape: Shape) -> Tensor:
+def _apply(linear: Map, x: Tensor, layer: LayerConfig) -> Tensor:
     kind, base, downs, ups = linear
-    return frozen.apply(kind, x, *frozen.adapter_matrices(downs, ups, shape.scaling, x.dtype), base)
+    return frozen.apply(kind, x, *frozen.adapter_matrices(downs, ups, layer.scaling, x.dtype), base)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -154,7 +154,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + torch.cat([-right, left], -1) * sin[:, None]
 
 
-def take_over(parent: Any, names: Sequence[str], kind: Kind, dtype: torch.dtype) -> Map:
+def fuse_linears(parent: Any, names: Sequence[str], kind: Kind, dtype: torch.dtype) -> Map:
     """The frozen matrices of modules with a common input as one, taken out of the modules, and their adapters.
 
     They are held in the compute type where `kind` cannot have them.
@@ -268,12 +268,12 @@ def _split(tokens: int, longest: int) -> list[int]:
 
 __all__ = [
     "Collator",
+    "LayerConfig",
     "PackedLlama",
-    "Shape",
     "block",
+    "fuse_linears",
     "lora_scaling",
     "refresh_layer",
     "rms_norm",
     "rotate",
-    "take_over",
 ]

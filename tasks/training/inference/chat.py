@@ -15,7 +15,7 @@ from tasks.training.loading import load_base, load_tokenizer
 
 
 @dataclass(frozen=True)
-class Asked:
+class ChatModel:
     """A loaded model, its tokenizer and device."""
 
     model: Any
@@ -52,7 +52,7 @@ class Asked:
         return self.tokenizer.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def load_asked(adapter: Path, base: Model, weights: WeightsConfig) -> Asked:
+def load_chat_model(adapter: Path, base: Model, weights: WeightsConfig) -> ChatModel:
     """A saved adapter on its base model, on the GPU if there is one; four bits only there."""
     import torch
     from peft import PeftModel
@@ -65,7 +65,7 @@ def load_asked(adapter: Path, base: Model, weights: WeightsConfig) -> Asked:
     tokenizer = load_tokenizer(base)
     plain: Any = GenerationConfig()  # the base model's own may sample, of which a greedy answer would be warned
     model.generation_config = model.get_base_model().generation_config = plain
-    return Asked(model, tokenizer, device)
+    return ChatModel(model, tokenizer, device)
 
 
 def _streamer(tokenizer: Any, say: Callable[[str], None]) -> Any:
@@ -78,4 +78,4 @@ def _streamer(tokenizer: Any, say: Callable[[str], None]) -> Any:
     return Said(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-__all__ = ["Asked", "load_asked"]
+__all__ = ["ChatModel", "load_chat_model"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import signal
 import subprocess
 import sys
@@ -21,16 +22,18 @@ from typing import Any
 from pydantic import ConfigDict
 
 from tasks.refs import Model, PipelineError, Value
+from tasks.training.errors import first_line, is_out_of_memory
 from tasks.training.inference.likelihood import batches, row_nll
 from tasks.training.loading import load_base, load_tokenizer
-from tasks.training.memory import first_line, is_out_of_memory
 
+UNSLOTH_MARK = "UNSLOTH_IS_PRESENT"
+"""Unsloth sets it in the environment when it is imported. Source: unsloth/__init__.py, 2026.10.9."""
 PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2): the kernel ends the process when its parent dies."""
 
 
 class Request(Value):
-    """What to load and what to ask."""
+    """The model to load, and the questions to ask it."""
 
     model: Model
     adapter: str | None
@@ -48,7 +51,7 @@ class Request(Value):
 
 
 class Answers(Value):
-    """What the model made of the request; what a ruined adapter says may be no number."""
+    """The model's answers to a request; a ruined adapter's figures may be no numbers."""
 
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
@@ -63,11 +66,11 @@ class Answers(Value):
 
 
 class Result(Value):
-    """What a process of its own hands back."""
+    """Handed back by a process of its own."""
 
     answers: Answers = Answers()
-    error: str | None = None
-    """What stopped the scoring, for the user."""
+    out_of_memory: str | None = None
+    """The library's message when memory ran out."""
 
 
 def score(request: Request) -> Answers:
@@ -77,7 +80,8 @@ def score(request: Request) -> Answers:
         PipelineError: when memory runs out.
     """
     _free_what_a_training_left(request.device)
-    return _score_apart(request) if "unsloth" in sys.modules else score_here(request)
+    with _memory_errors_explained(request):
+        return _score_apart(request) if UNSLOTH_MARK in os.environ else score_here(request)
 
 
 def _free_what_a_training_left(device: str) -> None:
@@ -92,17 +96,16 @@ def _free_what_a_training_left(device: str) -> None:
 def score_here(request: Request) -> Answers:
     """Score with the libraries as they are in this process."""
     tokenizer = load_tokenizer(request.model)
-    with _memory_errors_explained(request):
-        model = load_base(Path(request.model.path), request.dtype, load_in_4bit=request.load_in_4bit, device=request.device)
-        if request.adapter is not None:
-            add_adapter(model, request.adapter, request.device)
-        model.eval()
-        said = generate(model, tokenizer, request)
-        nll = row_nll(model, request.input_ids, request.labels, batch_size=request.batch_size, device=request.device)
-        return said.model_copy(update={"nll": nll})
+    model = load_base(Path(request.model.path), request.dtype, load_in_4bit=request.load_in_4bit, device=request.device)
+    if request.adapter is not None:
+        load_adapter(model, request.adapter, request.device)
+    model.eval()
+    said = generate(model, tokenizer, request)
+    nll = row_nll(model, request.input_ids, request.labels, batch_size=request.batch_size, device=request.device)
+    return said.model_copy(update={"nll": nll})
 
 
-def add_adapter(model: Any, adapter: str, device: str) -> None:
+def load_adapter(model: Any, adapter: str, device: str) -> None:
     """Put an adapter's layers into a base model, in place."""
     from peft import PeftModel
 
@@ -166,21 +169,23 @@ def _score_apart(request: Request) -> Answers:
                 f"evaluate: the scoring process ended without a result: got exit code {done.returncode}; expected 0."
             )
         result = Result.model_validate_json(told.read_bytes())
-    if result.error:
-        raise PipelineError(result.error)
+    if result.out_of_memory:
+        raise MemoryError(result.out_of_memory)
     return result.answers
 
 
-def main(asked: Path, told: Path) -> None:
-    """The process of its own; it never outlives the one that started it."""
+def score_file(asked: Path, told: Path) -> None:
+    """Score a request in a process of its own, which never outlives the one that started it."""
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
     request = Request.model_validate_json(asked.read_bytes())
     try:
         result = Result(answers=score_here(request))
-    except PipelineError as error:
-        result = Result(error=str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        result = Result(out_of_memory=first_line(error))
     told.write_text(result.model_dump_json())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    score_file(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flows.bench import app
-from flows.bench.processes import run
+from flows.bench.processes import run_process
 from flows.bench.products import product_file, product_lines
+from flows.cli.bench import app
 from tasks.refs import PipelineError
 from tests.support.tiny import make_tiny_model
 
@@ -57,7 +57,7 @@ def test_file_is_made_once(tmp_path: Path) -> None:
 def test_cost_is_of_the_whole_process_tree(tmp_path: Path) -> None:
     held = "import time; held = bytearray(b'x') * (100 * 2**20); time.sleep(0.5); print('done')"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {held!r}], check=True)"
-    cost = run([sys.executable, "-c", code], tmp_path, os.environ)
+    cost = run_process([sys.executable, "-c", code], tmp_path, os.environ)
     assert cost.output == "done\n"
     assert cost.seconds > 0.5
     assert 100 * MB < cost.peak_anonymous_bytes < 200 * MB
@@ -67,7 +67,7 @@ def test_cost_is_of_the_whole_process_tree(tmp_path: Path) -> None:
 
 def test_failure_shows_the_end_of_the_log(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"exit code 1; expected 0\.\n(.*\n)*.*no such thing"):
-        run([sys.executable, "-c", "raise SystemExit('no such thing')"], tmp_path, os.environ)
+        run_process([sys.executable, "-c", "raise SystemExit('no such thing')"], tmp_path, os.environ)
 
 
 def test_command_measures_one_turn_and_three(tmp_path: Path, home: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flows.cli import tables as show
+from flows.cli import tables
 from flows.recipes import load_recipe
 from tasks.caching.runs import Run
 from tasks.caching.stage import Plan, Step
@@ -36,15 +36,15 @@ def evaluated(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 def printed(entries: list[dict[str, Any]], recipe: str, verdict: dict[str, Any] | None = None) -> list[str]:
     """The lines on a terminal of 80 columns."""
     console = Console(file=io.StringIO(), width=80)
-    show.outcome(Run(recipe, {}, stages=entries, verdict=verdict), load_recipe(recipe), None, console)
+    tables.print_outcome(Run(recipe, {}, stages=entries, verdict=verdict), load_recipe(recipe), None, console)
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
 def test_what_looks_like_markup_in_a_setting_is_shown_as_it_is() -> None:
     reason = "config.chat_template [INST] {INPUT} [/INST] -> [bold]x"
     console = Console(file=io.StringIO(), width=120)
-    show.stages([{"name": "template", "state": "completed", "reason": reason}], console)
-    show.plan(Plan("demo", [Step("template", "run", reason)]), console)
+    tables.print_stages([{"name": "template", "state": "completed", "reason": reason}], console)
+    tables.print_plan(Plan("demo", [Step("template", "run", reason)]), console)
     assert console.file.getvalue().count(reason) == 2  # type: ignore[attr-defined]
 
 
@@ -87,7 +87,7 @@ def test_a_skipped_evaluation_is_not_compared() -> None:
 
 def test_the_json_has_the_same_numbers() -> None:
     verdict = {"promoted": True, "reasons": ["better"], "against": ["base"]}
-    told = show.summary(Run("demo", {}, stages=evaluated(METRICS), verdict=verdict), load_recipe("demo"), None)
+    told = tables.summarize_run(Run("demo", {}, stages=evaluated(METRICS), verdict=verdict), load_recipe("demo"), None)
     assert told["verdict"] == verdict
     assert told["metrics"]["base"] == BASE | {"right": 0}
     assert told["metrics"]["tuned"] == TUNED | {"right": 2}
@@ -97,5 +97,5 @@ def test_the_json_has_the_same_numbers() -> None:
 
 def test_the_json_is_json_for_a_ruined_model_too() -> None:
     ruined = METRICS | {"tuned": TUNED | {"nll": float("nan"), "perplexity_high": float("inf")}}
-    told = show.summary(Run("demo", {}, stages=evaluated(ruined)), load_recipe("demo"), None)
+    told = tables.summarize_run(Run("demo", {}, stages=evaluated(ruined)), load_recipe("demo"), None)
     assert json.loads(json.dumps(told, allow_nan=False))["metrics"]["tuned"]["perplexity_high"] is None

@@ -12,18 +12,18 @@ from flows.models.ask import render_title
 from flows.models.saved import find_saved
 from flows.recipes import load_recipe
 from tasks.refs import InputError
-from tasks.training.inference.chat import Asked, load_asked
+from tasks.training.inference.chat import ChatModel, load_chat_model
 from tests.support.tuned import save_tuned
 
 
 @pytest.fixture
-def asked(tuned: tuple[Path, Path]) -> Asked:
+def asked(tuned: tuple[Path, Path]) -> ChatModel:
     save_tuned(*tuned)
     saved = find_saved("demo")
-    return load_asked(saved.path, saved.base(), saved.recipe.model.weights)
+    return load_chat_model(saved.path, saved.base(), saved.recipe.model.weights)
 
 
-def test_the_answer_comes_piece_by_piece_and_is_the_greedy_one(asked: Asked) -> None:
+def test_the_answer_comes_piece_by_piece_and_is_the_greedy_one(asked: ChatModel) -> None:
     import torch
 
     pieces: list[str] = []
@@ -43,13 +43,13 @@ def test_the_answer_comes_piece_by_piece_and_is_the_greedy_one(asked: Asked) -> 
     assert answer.strip()
 
 
-def test_base_and_tuned_model_answer_differently(asked: Asked) -> None:
+def test_base_and_tuned_model_answer_differently(asked: ChatModel) -> None:
     heard: list[str] = []
     both = [asked.answer("Chaleira", None, max_new_tokens=8, tuned=tuned, say=heard.append) for tuned in (False, True)]
     assert both[0] != both[1]
 
 
-def test_a_question_takes_the_place_of_the_recipes_own(asked: Asked) -> None:
+def test_a_question_takes_the_place_of_the_recipes_own(asked: ChatModel) -> None:
     chat = [{"role": "user", "content": "Chaleira"}]
     own = asked.tokenizer.apply_chat_template(chat, question=None, add_generation_prompt=True, tokenize=False)
     other = asked.tokenizer.apply_chat_template(chat, question="De que é feita?", add_generation_prompt=True, tokenize=False)
@@ -57,13 +57,13 @@ def test_a_question_takes_the_place_of_the_recipes_own(asked: Asked) -> None:
     assert "De que é feita?" in other
 
 
-def test_the_command_asks_both_and_then_stops(asked: Asked) -> None:
+def test_the_command_asks_both_and_then_stops(asked: ChatModel) -> None:
     done = CliRunner().invoke(app, ["ask", "demo", "--title", "Chaleira", "--compare"])
     assert done.exit_code == 0, done.output
     assert done.stdout.index("base: ") < done.stdout.index("tuned: ")
 
 
-def test_without_a_title_it_asks_until_an_empty_line(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_title_it_asks_until_an_empty_line(asked: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = iter(["Chaleira", "Tray", "", "never read"])
     heard: list[str] = []
     monkeypatch.setattr("builtins.input", lambda prompt: heard.append(prompt) or next(lines))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from flows.cli.main import app
-from flows.models.export import Format, card, export, push
+from flows.models.export import Format, card, export_model, push_to_hub
 from flows.models.saved import Saved, find_saved
 from tasks.reading.model_files import read_json
 from tasks.refs import ConfigError, InputError, PipelineError
@@ -51,8 +51,8 @@ def test_merged_and_gguf_say_the_same_and_nearly_what_the_adapter_says(saved: Sa
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    difference = export(saved, Format.MERGED, tmp_path / "merged")
-    export(saved, Format.GGUF, tmp_path / "gguf")
+    difference = export_model(saved, Format.MERGED, tmp_path / "merged")
+    export_model(saved, Format.GGUF, tmp_path / "gguf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     merged = say(load(tmp_path / "merged"), tokenizer)
     unmerged = say(PeftModel.from_pretrained(load(Path(saved.recipe.model.id)), saved.path), tokenizer)
@@ -72,7 +72,7 @@ def test_a_base_that_is_stored_in_four_bits_is_widened(how: Format, tmp_path: Pa
     for file in [*plain.glob("tokenizer*"), plain / "special_tokens_map.json"]:
         (base / file.name).write_bytes(file.read_bytes())
     save_tuned(base, make_tiny_adapter(plain, tmp_path / "adapter"))
-    difference = export(find_saved("demo"), how, tmp_path / "out")
+    difference = export_model(find_saved("demo"), how, tmp_path / "out")
     assert difference.kl < 1e-3
     if how is Format.MERGED:
         assert "quantization_config" not in read_json(tmp_path / "out" / "config.json")
@@ -82,7 +82,7 @@ def test_a_gguf_carries_the_tokenizer_and_its_chat_template(saved: Saved, tmp_pa
     from gguf import GGUFReader
     from transformers import AutoTokenizer
 
-    export(saved, Format.GGUF, tmp_path / "gguf")
+    export_model(saved, Format.GGUF, tmp_path / "gguf")
     fields = GGUFReader(tmp_path / "gguf" / "model.gguf").fields
     tokenizer = AutoTokenizer.from_pretrained(saved.path)
     assert [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("bos", "eos")] == [0, 1]
@@ -93,7 +93,7 @@ def test_a_gguf_carries_the_tokenizer_and_its_chat_template(saved: Saved, tmp_pa
 
 
 def test_an_adapter_is_copied_to_the_byte(saved: Saved, tmp_path: Path) -> None:
-    difference = export(saved, Format.ADAPTER, tmp_path / "deep" / "adapter")
+    difference = export_model(saved, Format.ADAPTER, tmp_path / "deep" / "adapter")
     names = {file.name for file in saved.path.iterdir()} - {"manifest.json"}
     assert {file.name for file in (tmp_path / "deep" / "adapter").iterdir()} == names
     assert all((tmp_path / "deep" / "adapter" / name).read_bytes() == (saved.path / name).read_bytes() for name in names)
@@ -103,13 +103,13 @@ def test_an_adapter_is_copied_to_the_byte(saved: Saved, tmp_path: Path) -> None:
 def test_what_answers_otherwise_is_not_kept(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.training.exporting.gguf.interleaved", lambda values, heads: values)  # rows in the wrong order
     with pytest.raises(PipelineError, match="does not answer as the adapter does"):
-        export(saved, Format.GGUF, tmp_path / "wrong")
+        export_model(saved, Format.GGUF, tmp_path / "wrong")
     assert list(tmp_path.glob("*wrong*")) == []
 
 
 def test_a_directory_that_is_there_is_left_alone(saved: Saved, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
-        export(saved, Format.ADAPTER, tmp_path)
+        export_model(saved, Format.ADAPTER, tmp_path)
     assert str(caught.value) == (
         f"export {tmp_path}: is there already; expected a directory to be made. Remove it or name another."
     )
@@ -184,7 +184,7 @@ def test_a_refused_push_tells_no_token(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     monkeypatch.setattr(Hub, "create_repo", refuse)
     with pytest.raises(PipelineError) as caught:
-        push(tmp_path, "me/mine", "hf_secret")
+        push_to_hub(tmp_path, "me/mine", "hf_secret")
     assert "OSError: 403 for ***; expected a repository that HF_TOKEN may write to" in str(caught.value)
     assert str(caught.value).endswith(f"is kept; upload it with: hf upload --private me/mine {tmp_path}")
 

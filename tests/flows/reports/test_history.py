@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 
 from flows.cli import main as cli
 from flows.cli.main import app
-from flows.reports.history import compare, find_run, first_difference, listing
+from flows.reports.history import compare_runs, find_run, first_difference, listing
 from tasks.caching import runs
-from tasks.refs import Evaluation, InputError, home
+from tasks.caching.context import open_run
+from tasks.refs import Evaluation, InputError
+from tests.support.records import write_record
 from tests.support.tuned import METRICS, artifact_of
 
 PAST = [{"id": "20261124T10-ab"}, {"id": "20261124T09-cd"}, {"id": "20261123T09-ef"}]
@@ -49,8 +51,7 @@ def made(run_id: str, nll: float, uids: list[str], **config: Any) -> dict[str, A
     rows = [{"uids": [uid], "tokens": 4, "base_nll": 3.5, "tuned_nll": nll} for uid in uids]
     metrics = METRICS | {"tuned": {"nll": nll, "perplexity": 2.0}, "per_row": rows}
     evaluation = artifact_of("evaluation", {"metrics.json": json.dumps(metrics)})
-    (home() / "records").mkdir(exist_ok=True)
-    (home() / "records" / run_id).write_text(json.dumps({"result": Evaluation(data=evaluation).model_dump_json()}))
+    write_record(run_id, Evaluation(data=evaluation))
     entry = {"name": "evaluate", "key": run_id, "digest": evaluation.digest, "state": "completed"}
     run = runs.Run("demo", config, id=run_id, started=float(len(run_id)), stages=[entry], finished=True)
     run.write()
@@ -58,7 +59,7 @@ def made(run_id: str, nll: float, uids: list[str], **config: Any) -> dict[str, A
 
 
 def test_two_runs_differ_in_settings_data_and_metrics() -> None:
-    found = compare(
+    found = compare_runs(
         made("a", 0.5, ["u1"], finetune={"seed": 1, "lora": {"r": 8}}),
         made("bb", 0.25, ["u1"], finetune={"seed": 1, "lora": {"r": 16}}),
     )
@@ -81,7 +82,7 @@ def test_figures_of_other_rows_are_told_as_such() -> None:
 def test_runs_are_listed_newest_first_with_how_they_ended() -> None:
     made("a", 0.5, ["u1"])
     runs.Run("demo", {}, id="bb", started=2.0, stages=[{"name": "ingest", "key": "k", "state": "failed"}]).write()
-    with runs.run_record("demo", {}) as living:
+    with open_run("demo", {}) as living:
         assert [(run["id"], run["state"], run["nll"]) for run in listing()] == [
             (living.id, "running", None),
             ("bb", "failed", None),

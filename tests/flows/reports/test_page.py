@@ -14,10 +14,22 @@ from typing import Any
 import pytest
 
 from flows.recipes import load_recipe
-from flows.reports.page import choose_answers, comparison, drawings, facts, funnel, render, settings, speeds, write_report
+from flows.reports.page import (
+    choose_answers,
+    compare_figures,
+    compared_settings,
+    drawings,
+    funnel,
+    page_facts,
+    render,
+    speeds,
+    write_report,
+)
 from flows.reports.results import Results
 from tasks.caching import runs
+from tasks.caching.context import open_run
 from tasks.refs import Adapter, Artifact, Evaluation, Products, SavedModel, Split, home
+from tests.support.records import write_record
 from tests.support.tiny import make_tiny_tokenizer, tiny_tokens
 from tests.support.tuned import METRICS, artifact_of
 
@@ -37,8 +49,7 @@ def saved_model() -> SavedModel:
 def note(run: runs.Run, name: str, value: Any, main: Artifact) -> None:
     """Put a stage into a run as the engine does: its record, and its entry."""
     key = f"{name:x<64}"
-    (home() / "records").mkdir(exist_ok=True)
-    (home() / "records" / key).write_text(json.dumps({"result": value.model_dump_json()}))
+    write_record(key, value, seconds=1.5)
     entry = {"name": name, "key": key, "state": "completed", "reason": f"why {name}", "rows": main.rows, "seconds": 1.5}
     run.stages.append({**entry, "digest": main.digest})
 
@@ -46,7 +57,7 @@ def note(run: runs.Run, name: str, value: Any, main: Artifact) -> None:
 @pytest.fixture
 def run(home: Path) -> Iterator[runs.Run]:
     """A run with an outcome of each kind."""
-    with runs.run_record("demo", RECIPE.model_dump(mode="json")) as run:
+    with open_run("demo", RECIPE.model_dump(mode="json")) as run:
         products, tokens = artifact_of("products", {"a": ""}, 60), tiny_tokens(40)
         note(run, "ingest", Products(data=products, lines=100, dropped={"duplicate": 37, "blank line": 0}), products)
         note(run, "tokenize", Split(train=tokens, evaluation=tokens, counts={"overlong": 2.0}), tokens)
@@ -68,7 +79,7 @@ def run(home: Path) -> Iterator[runs.Run]:
 
 
 def test_the_page_holds_every_part(run: runs.Run) -> None:
-    text = render(facts(run, RECIPE, saved_model()))
+    text = render(page_facts(run, RECIPE, saved_model()))
     for title in ("Loss", "Learning rate", "Speed", "Length of the training rows"):
         assert f"<figcaption>{title}</figcaption><svg" in text
     for words in ("0.125 to 0.375", "-3.25 nats per token", "why tokenize", "37 duplicate", "0.50 epochs", "org/tiny", "2.13"):
@@ -77,7 +88,7 @@ def test_the_page_holds_every_part(run: runs.Run) -> None:
 
 
 def test_the_page_needs_no_network_and_runs_no_script(run: runs.Run) -> None:
-    text = render(facts(run, RECIPE, saved_model()))
+    text = render(page_facts(run, RECIPE, saved_model()))
     assert "&lt;script&gt;alert" in text
     assert "<script" not in text
     fetched = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(([^)]*)\)|@import (.*)""", text)
@@ -86,7 +97,7 @@ def test_the_page_needs_no_network_and_runs_no_script(run: runs.Run) -> None:
 
 def test_a_verdict_comes_first(run: runs.Run) -> None:
     verdict = {"promoted": False, "reasons": ["the interval holds <zero>"], "against": ["base", "saved-model/ab"]}
-    text = render(facts(run, RECIPE, saved_model()) | {"verdict": verdict})
+    text = render(page_facts(run, RECIPE, saved_model()) | {"verdict": verdict})
     assert (
         text.index("Not promoted")
         < text.index("against base, saved-model/ab")
@@ -96,8 +107,8 @@ def test_a_verdict_comes_first(run: runs.Run) -> None:
 
 
 def test_a_run_that_measured_and_trained_nothing_has_a_page_too(home: Path) -> None:
-    with runs.run_record("demo", {}) as empty:
-        text = render(facts(empty, RECIPE, saved_model()))
+    with open_run("demo", {}) as empty:
+        text = render(page_facts(empty, RECIPE, saved_model()))
     assert "No rows were held out" in text
     assert "<figure>" not in text
 
@@ -113,7 +124,7 @@ def test_a_report_that_fails_is_a_warning_and_leaves_none_of_another_run(
 ) -> None:
     saved = saved_model()
     path = write_report(RECIPE, saved)
-    monkeypatch.setattr("flows.reports.page.facts", lambda *_: 1 / 0)
+    monkeypatch.setattr("flows.reports.page.page_facts", lambda *_: 1 / 0)
     with caplog.at_level(logging.WARNING):
         assert write_report(RECIPE, saved) is None
     assert caplog.messages == ["report.html could not be written (ZeroDivisionError: division by zero); the run goes on."]
@@ -123,7 +134,7 @@ def test_a_report_that_fails_is_a_warning_and_leaves_none_of_another_run(
 
 def test_better_goes_by_the_figure() -> None:
     base = {"nll": 1.0, "rouge1": 0.5, "length_ratio": 2.0}
-    gained = comparison({"base": base, "tuned": {"nll": 0.5, "rouge1": 0.4, "length_ratio": 0.9}})
+    gained = compare_figures({"base": base, "tuned": {"nll": 0.5, "rouge1": 0.4, "length_ratio": 0.9}})
     assert [(row["name"].split(",")[0], row["gained"]) for row in gained] == [
         ("nats per token", True),
         ("ROUGE-1", False),
@@ -152,7 +163,7 @@ def test_a_clock_that_began_anew_makes_no_negative_speed() -> None:
 
 def test_what_was_not_a_number_is_not_drawn(home: Path) -> None:
     steps = [{"step": 1, "loss": 2.0, "learning_rate": 0.1, "tokens": 5, "seconds": math.nan, "memory_gib": math.nan}] * 3
-    with runs.run_record("demo", {}) as run:
+    with open_run("demo", {}) as run:
         log = artifact_of("log", {"train_log.jsonl": "\n".join(map(json.dumps, steps))})
         note(run, "finetune", Adapter(data=artifact_of("adapter", {"w": "w"}), log=log), log)
         assert list(drawings(Results(asdict(run)), RECIPE)) == ["Loss", "Learning rate"]
@@ -164,7 +175,7 @@ def test_the_funnel_narrows_to_what_was_trained_on(run: runs.Run) -> None:
 
 
 def test_settings_that_differ_from_default_come_first() -> None:
-    rows = settings(load_recipe("default", ["finetune.lora.r=8"]))
+    rows = compared_settings(load_recipe("default", ["finetune.lora.r=8"]))
     assert rows[0] == ("finetune.lora.r", 8, 16, True)
     assert not any(differs for *_, differs in rows[1:])
 

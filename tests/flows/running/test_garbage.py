@@ -9,13 +9,14 @@ import pytest
 
 from flows.running.garbage import collect, inventory, parse_age
 from tasks.caching import locks, runs, store
+from tasks.caching.context import open_run
 from tasks.config import PROMOTED, SampleConfig
 from tasks.refs import Artifact, ConfigError
 from tests.support import toy
 
 
 def made_by_a_run(text: str, recipe: str = "toy") -> Artifact:
-    with runs.run_record(recipe, {}) as run:
+    with open_run(recipe, {}) as run:
         artifact = toy.read.fn(text, SampleConfig(rows=1)).data
         run.stages.append({"name": "read", "key": text * 64, "digest": artifact.digest})
     return artifact
@@ -31,7 +32,7 @@ def test_last_run_of_each_recipe_is_kept() -> None:
 
 def test_keep_last_counts_finished_runs() -> None:
     finished = made_by_a_run("a")
-    with pytest.raises(ValueError, match="broken"), runs.run_record("toy", {}):
+    with pytest.raises(ValueError, match="broken"), open_run("toy", {}):
         tried = toy.read.fn("b", SampleConfig(rows=1)).data
         raise ValueError("broken")
     assert collect(keep_last=1, age_seconds=0) == []
@@ -42,7 +43,7 @@ def test_keep_last_counts_finished_runs() -> None:
 @pytest.mark.parametrize("how", [{"child": True}, {"until": "read"}])
 def test_what_only_trains_or_ends_early_is_not_the_last_run(how: dict[str, Any]) -> None:
     whole = made_by_a_run("a")
-    with runs.run_record("toy", {}, **how):
+    with open_run("toy", {}, **how):
         part = toy.read.fn("b", SampleConfig(rows=1)).data
     assert collect(keep_last=1, age_seconds=0) == []
     store.verify(whole)
@@ -64,7 +65,7 @@ def test_dry_run_only_says() -> None:
 
 
 def test_living_run_keeps_what_it_uses() -> None:
-    with runs.run_record("toy", {}):
+    with open_run("toy", {}):
         artifact = toy.read.fn("a", SampleConfig(rows=1)).data
         assert collect(keep_last=0, age_seconds=0) == []
         store.verify(artifact)
@@ -72,7 +73,7 @@ def test_living_run_keeps_what_it_uses() -> None:
 
 
 def test_promoted_model_is_kept_with_all_that_its_run_used(home: Path) -> None:
-    with runs.run_record("toy", {}):
+    with open_run("toy", {}):
         data, model = toy.read.fn("a", SampleConfig(rows=1)).data, toy.read.fn("model", SampleConfig(rows=1)).data
     (home / "models" / "toy").mkdir(parents=True)
     (home / "models" / "toy" / PROMOTED).symlink_to(f"../../artifacts/products/{model.digest[:32]}")

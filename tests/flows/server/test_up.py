@@ -8,27 +8,22 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
-from uuid import uuid4
 
 import psutil
 import pytest
 from test_doctor import H200, driver
 
 from flows.recipes import load_recipe
-from flows.reports.ui import Board, LiveTraining, Queue
 from flows.running.deployed import Unbroken
 from flows.running.gpus import Gpu
 from flows.running.naming import run_name, run_tags, short_digest
 from flows.server import up
 from flows.server.ephemeral import end
 from tasks.refs import PipelineError
-from tasks.training.backend import Report
-from tasks.training.progress import Detached
 from tests.support.checkout import PROJECT
 
 PARENT = """
@@ -138,77 +133,6 @@ def test_stream_to_a_dead_worker_swallows_the_line() -> None:
         stream.close()
 
 
-class Server:
-    """Stands for Prefect's client where it is slow or fails, which a real server can't be told to do."""
-
-    def __init__(self) -> None:
-        self.release = threading.Event()
-        self.sent: list[Any] = []
-
-
-def test_queue_never_waits_for_the_server_nor_fails_with_it(prefect_api: str, caplog: pytest.LogCaptureFixture) -> None:
-    jobs, server = Queue(), Server()
-    jobs.put(lambda _: server.release.wait())
-    jobs.put(lambda _: 1 / 0)
-    for number in range(100):
-        jobs.put(lambda _, number=number: server.sent.append(number))
-    assert server.sent == []
-    server.release.set()
-    jobs.put(lambda _: None).wait()
-    jobs.close()
-    assert server.sent == list(range(100))
-    assert "the run goes on" in caplog.text
-
-
-def test_queue_talks_to_the_server_of_its_maker(prefect_api: str) -> None:
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    jobs, found = Queue(), list[str]()
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
-        other = Queue()
-    for queue in (jobs, other):
-        queue.put(lambda client: found.append(str(client.api_url))).wait()
-        queue.close()
-    assert [url.rstrip("/") for url in found] == [prefect_api, "http://127.0.0.1:9/api"]
-
-
-def test_reports_that_come_while_the_server_is_away_do_not_pile_up(prefect_api: str) -> None:
-    jobs, server = Queue(), Server()
-    live = LiveTraining(Board(uuid4(), "demo", jobs))
-    listener = Detached(live)
-    jobs.put(lambda _: server.release.wait())
-    for step in range(1, 1001):
-        listener.report(Report(step, 1000, 1.0, 1.0, 1e-4, 100.0, 0.0))
-    assert jobs._jobs.qsize() <= 3  # the one that waits, where the thread has yet to begin, and a report's two
-    server.release.set()
-    listener.close()
-    jobs.close()
-    assert 1 <= len(live._points) < 1000
-
-
-def test_end_of_a_run_does_not_wait_for_ever(prefect_api: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.reports.ui.END_SECONDS", 0.2)
-    jobs, server = Queue(), Server()
-    away = jobs.put(lambda _: server.release.wait())
-    jobs.close()
-    assert jobs._thread.is_alive()
-    server.release.set()
-    away.wait()
-
-
-def test_artifact_is_made_once_and_then_updated(prefect_api: str) -> None:
-    import httpx
-
-    jobs = Queue()
-    board = Board(uuid4(), "demo", jobs)
-    for text in ("# One", "# Two"):
-        board.show("training", "steps", lambda text=text: text)
-    jobs.close()
-    rows = httpx.post(f"{prefect_api}/artifacts/filter", json={"flow_runs": None}).json()
-    mine = [row for row in rows if row["flow_run_id"] == str(board.run)]
-    assert [(row["key"], row["data"]) for row in mine] == [("demo-training", "# Two")]
-
-
 def test_run_name_tells_configurations_apart_but_not_where_they_run() -> None:
     demo, other = load_recipe("demo"), load_recipe("demo", ["finetune.learning_rate=1e-4"])
     assert run_name(demo) == f"demo 1,000 rows {short_digest(demo)}"
@@ -238,15 +162,15 @@ def test_every_gpu_gets_a_worker_pinned_to_it_and_none_gets_one_all_the_same(cou
 def test_flow_runs_find_relative_paths_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("AMAZON_FT_DATA", raising=False)
-    assert up.environment(up.Options())["AMAZON_FT_DATA"] == str(tmp_path)
+    assert up.environment(up.UpOptions())["AMAZON_FT_DATA"] == str(tmp_path)
     monkeypatch.setenv("AMAZON_FT_DATA", "/srv/data")
-    assert up.environment(up.Options())["AMAZON_FT_DATA"] == "/srv/data"
+    assert up.environment(up.UpOptions())["AMAZON_FT_DATA"] == "/srv/data"
 
 
 def test_browsers_elsewhere_are_told_where_the_api_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_SERVER_UI_API_URL", raising=False)
-    assert "PREFECT_SERVER_UI_API_URL" not in up.environment(up.Options())
-    told = up.environment(up.Options(host="0.0.0.0", port=4300))["PREFECT_SERVER_UI_API_URL"]
+    assert "PREFECT_SERVER_UI_API_URL" not in up.environment(up.UpOptions())
+    told = up.environment(up.UpOptions(host="0.0.0.0", port=4300))["PREFECT_SERVER_UI_API_URL"]
     assert told == f"http://{socket.getfqdn()}:4300/api"
 
 

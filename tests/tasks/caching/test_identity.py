@@ -12,12 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks import finetune
-from tasks.caching.identity import BACKENDS, _without_docstrings, canonical, code_digests, module_digest, stage_key
+from tasks.caching.code.modules import read_module
+from tasks.caching.identity import canonical, code_digests, remember_code, stage_key
 from tasks.config import FinetuneConfig, IngestConfig, SampleConfig
 from tasks.refs import Artifact, PipelineError, Products, Source, SourceFile
-from tests.support.checkout import Checkout
+from tests.support.checkout import PROJECT, Checkout
 
-DIGESTS = "import json, sys; from tasks.caching.identity import code_digests; print(json.dumps(code_digests(sys.argv[1:])))"
+DIGESTS = """
+import json, os, sys
+from tasks.caching.identity import code_digests
+print(json.dumps(code_digests(sys.argv[1:], os.environ.get("ALTERNATIVES", "").split())))
+"""
 
 
 @pytest.fixture
@@ -35,7 +40,7 @@ def test_artifact_counts_as_its_digest_alone() -> None:
 
 
 def test_parsing_that_another_thread_disturbs_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted, parse, disturbed = module_digest.__wrapped__("tasks.sample"), ast.parse, iter([True, True, False])
+    wanted, parse, disturbed = read_module("tasks.sample").digest, ast.parse, iter([True, True, False])
 
     def parse_now_and_then(source: str) -> ast.Module:
         if next(disturbed):
@@ -43,7 +48,7 @@ def test_parsing_that_another_thread_disturbs_is_tried_again(monkeypatch: pytest
         return parse(source)
 
     monkeypatch.setattr(ast, "parse", parse_now_and_then)
-    assert module_digest.__wrapped__("tasks.sample") == wanted
+    assert read_module.__wrapped__("tasks.sample").digest == wanted
 
 
 def test_source_counts_by_content_not_by_place() -> None:
@@ -82,38 +87,43 @@ def test_keys_are_equal_only_for_equal_inputs(first: object, second: object) -> 
     assert (stage_key("s", 1, {}, canonical(first)) == stage_key("s", 1, {}, canonical(second))) == same
 
 
-def tree(source: str) -> object:
-    return _without_docstrings(ast.parse(source))
-
-
-def test_comments_docstrings_and_layout_do_not_count() -> None:
-    plain = "def f(x):\n    return x + 1\n"
-    dressed = '"""Module."""\n\n\ndef f(\n    x,\n):\n    """Doc."""\n    # why\n    return x + 1\n'
-    assert tree(plain) == tree(dressed)
-
-
-@pytest.mark.parametrize("edit", ["x + 2", "x - 1", "y + 1", "1 + x", "x + 1.0", "x + True"])
-def test_every_edit_of_an_expression_counts(edit: str) -> None:
-    assert tree("def f(x, y):\n    return x + 1") != tree(f"def f(x, y):\n    return {edit}")
-
-
-def test_returned_string_is_no_docstring() -> None:
-    assert tree("def f():\n    return 'a'") != tree("def f():\n    return 'b'")
-
-
 def test_imports_are_followed_and_machinery_is_left_out() -> None:
-    found = code_digests(["tasks.caching.stage"])
-    assert set(found) == {"tasks.caching.stage", "tasks"}
+    found = code_digests(["tasks.sample"])
+    assert set(found) == {"tasks.sample", "tasks", "tasks.tables", "tasks.tables.arrow"}
+
+
+BACKENDS = set(finetune.BACKENDS.values())
 
 
 def test_backends_count_only_when_chosen() -> None:
-    assert not BACKENDS & code_digests(["tasks.finetune"]).keys()
-    assert BACKENDS & code_digests(["tasks.finetune", "tasks.training.hf"]).keys() == {"tasks.training.hf"}
+    assert not BACKENDS & code_digests(["tasks.finetune"], BACKENDS).keys()
+    for backend in BACKENDS:
+        assert BACKENDS & code_digests(["tasks.finetune", backend], BACKENDS).keys() == {backend}
+
+
+def test_backend_that_another_one_imports_counts(checkout: Checkout) -> None:
+    checkout.append("tasks/training/unsloth.py", "\n\ndef other():\n    from tasks.training import hf\n    return hf\n")
+    found = digests(checkout, "tasks.finetune", "tasks.training.unsloth", ALTERNATIVES=" ".join(BACKENDS))
+    assert BACKENDS & found.keys() == {"tasks.training.unsloth", "tasks.training.hf"}
 
 
 def test_every_backend_of_the_config_is_known_as_one() -> None:
     assert set(get_args(FinetuneConfig.model_fields["backend"].annotation)) == set(finetune.BACKENDS)
-    assert set(finetune.BACKENDS.values()) == BACKENDS
+
+
+@pytest.mark.parametrize("stage", ["tasks.baseline", "tasks.evaluate"])
+def test_checkpoints_and_estimates_of_memory_do_not_count_for_evaluation(stage: str) -> None:
+    found = code_digests([stage])
+    assert "tasks.training.inference.scoring" in found
+    assert not {"tasks.training.checkpoints", "tasks.training.memory"} & found.keys()
+
+
+STAGES = [file.stem for file in sorted((PROJECT / "tasks").glob("*.py")) if "\n@stage(" in file.read_text()]
+
+
+@pytest.mark.parametrize("stage", [*(f"tasks.{stage}" for stage in STAGES), *sorted(BACKENDS)])
+def test_no_stage_reaches_past_its_key(stage: str) -> None:
+    assert stage in code_digests([stage])
 
 
 def test_missing_source_is_an_error() -> None:
@@ -128,3 +138,42 @@ def test_new_helper_module_and_its_edits_count(checkout: Checkout) -> None:
     checkout.edit("tasks/helper.py", "RATE = 1", "RATE = 2")
     after = digests(checkout, "tasks.sample")
     assert {name for name in after if before[name] != after[name]} == {"tasks.helper"}
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "import tasks.helper\nRATE = tasks.helper.RATE\n",
+        "import tasks.text.turns\nRATE = tasks.helper.RATE\n",
+        "from tasks import helper\n",
+        "from . import helper\n",
+        "from .helper import RATE\n",
+        "import subprocess, sys\nsubprocess.run([sys.executable, '-m', 'tasks.helper'])\n",
+    ],
+)
+def test_a_module_counts_however_it_is_named(checkout: Checkout, use: str) -> None:
+    (checkout.path / "tasks" / "helper.py").write_text("RATE = 1\n")
+    checkout.append("tasks/sample.py", f"\n\n{use}")
+    assert "tasks.helper" in digests(checkout, "tasks.sample")
+
+
+def test_relative_and_absolute_imports_count_alike(checkout: Checkout) -> None:
+    before = digests(checkout, "tasks.sample")
+    checkout.edit("tasks/sample.py", "from tasks.refs import", "from .refs import")
+    assert digests(checkout, "tasks.sample") == before
+
+
+def test_all_that_is_refused_is_said_at_once_with_file_and_line(checkout: Checkout) -> None:
+    (checkout.path / "helpers.py").write_text("")
+    checkout.edit("tasks/sample.py", "annotations\n", "annotations\nimport helpers\n")
+    checkout.edit("tasks/tables/__init__.py", '"""', 'import pkgutil\n"""')
+    line = 1 + (checkout.path / "tasks/sample.py").read_text().split("import helpers")[0].count("\n")
+    said = checkout.run("-c", DIGESTS, "tasks.sample", check=False).stderr
+    assert f"tasks/sample.py line {line}: a stage's code imports code from outside flows, tasks and the installed" in said
+    assert "tasks/tables/__init__.py line 1: a stage's code looks for files beside the code" in said
+
+
+def test_remembering_code_judges_nothing(checkout: Checkout) -> None:
+    checkout.append("tasks/sample.py", "\nx = __file__\n")
+    checkout.run("-c", "import tasks.sample")
+    remember_code(["tasks.nowhere"])

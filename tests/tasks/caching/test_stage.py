@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tasks.caching import runs
-from tasks.caching.stage import Plan, StageReached, ending_with, is_planning, lineage, planning
-from tasks.caching.store import verifying
+from tasks.caching.context import context, open_run, planning, within
+from tasks.caching.engine import PrefectEngine
+from tasks.caching.plans import Plan
+from tasks.caching.stage import Made, StageReached, lineage
 from tasks.config import SampleConfig
 from tasks.refs import InputError
 from tests.support import toy
@@ -25,7 +30,7 @@ def run(text: str = "abc", rows: int = 2) -> list[dict[str, Any]]:
     """Run the toy story as a flow; returns the entries of its record."""
     from prefect import flow
 
-    with runs.run_record("toy", {"rows": rows}) as record:
+    with open_run("toy", {"rows": rows}, engine=PrefectEngine()) as record:
         flow(name="toy")(story)(text, rows)
     return record.stages
 
@@ -54,7 +59,7 @@ def test_plan_runs_nothing_and_foresees_what_a_run_does(home: Path) -> None:
     assert not (home / "artifacts").exists()
     run()
     assert reasons(plan()) == [("cached", ""), ("cached", "")]
-    assert not is_planning()
+    assert context().plan is None
 
 
 @pytest.mark.parametrize("record", ["null", "[]", '"x"', "{}", "{"])
@@ -102,7 +107,7 @@ def test_size_verification_is_marked() -> None:
     run()
     file = toy.read.fn("abc", SampleConfig(rows=2)).data / "rows.txt"
     file.write_text("ABCABD")
-    with verifying("size"):
+    with within(verify="size"):
         entries = run()
     assert states(entries) == ["cached", "cached"]
     assert entries[0]["reason"] == "verified by size only"
@@ -126,7 +131,6 @@ def test_transient_error_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     from tasks.caching import engine
 
     monkeypatch.setattr(engine, "RETRY_DELAYS_SECONDS", [0.0])
-    monkeypatch.delitem(toy.read.__dict__, "task", raising=False)
     body, failures = toy.read.fn, iter([ConnectionError("storage went away")])
 
     def flaky(text: str, config: SampleConfig) -> Any:
@@ -136,11 +140,10 @@ def test_transient_error_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(toy.read, "fn", flaky)
     assert states(run("flaky")) == ["completed", "completed"]
-    toy.read.__dict__.pop("task")
 
 
 def test_run_ends_with_the_stage_asked_for() -> None:
-    with ending_with("read"), pytest.raises(StageReached):
+    with within(until="read"), pytest.raises(StageReached):
         run()
     assert [entry["name"] for entry in runs.past_runs()[0]["stages"]] == ["read"]
 
@@ -148,7 +151,7 @@ def test_run_ends_with_the_stage_asked_for() -> None:
 def test_lineage_tells_the_stages_so_far() -> None:
     from prefect import flow
 
-    with runs.run_record("toy", {"rows": 2}):
+    with open_run("toy", {"rows": 2}, engine=PrefectEngine()):
         flow(name="toy")(story)()
         told = lineage()
     assert [(stage.name, stage.rows) for stage in told.stages] == [("read", 2), ("count", 1)]
@@ -161,9 +164,46 @@ def test_version_of_a_stage_is_part_of_its_key(monkeypatch: pytest.MonkeyPatch) 
     assert reasons(plan())[0] == ("run", "stage version or modules changed")
 
 
-def test_lookup_finds_what_a_run_recorded() -> None:
-    assert toy.read.lookup("abc", SampleConfig(rows=2)) is None
+def test_decision_finds_what_a_run_recorded() -> None:
+    inputs = {"text": "abc", "config": SampleConfig(rows=2)}
+    assert (toy.read.decide(inputs).made, toy.read.decide(inputs).miss) == (None, "not run yet")
     run()
-    found = toy.read.lookup("abc", SampleConfig(rows=2))
+    found = toy.read.decide(inputs).made
     assert found is not None
-    assert found.data.rows == 2
+    assert found.value.data.rows == 2
+
+
+class AtOnce:
+    """An engine that starts all calls, as a cluster does; whoever asks for the first outcome waits."""
+
+    WAITED_SECONDS = 0.5
+
+    def start(self, stage: Any, calls: Sequence[Any]) -> list[Callable[[], Any]]:
+        made = [stage.make(call.inputs) for call in calls]
+        return [partial(self.wait, outcome, outcome is made[0]) for outcome in made]
+
+    def wait(self, outcome: Any, is_first: bool) -> Any:
+        time.sleep(self.WAITED_SECONDS * is_first)
+        return outcome
+
+
+def test_waiting_for_a_cluster_is_booked_to_no_file() -> None:
+    with open_run("toy", {}, engine=AtOnce()) as run:
+        toy.read.each(*((text, SampleConfig(rows=2)) for text in ("abc", "def", "ghi")))
+    assert [entry["state"] for entry in run.stages] == ["completed"] * 3
+    assert max(entry["seconds"] for entry in run.stages) < AtOnce.WAITED_SECONDS
+
+
+def test_a_record_tells_how_long_its_making_took() -> None:
+    entry = run()[0]
+    made = toy.read.recorded(entry["key"])
+    assert made.seconds == entry["seconds"] > 0
+
+
+def test_no_bit_of_a_record_can_flip_unnoticed() -> None:
+    text = Made(toy.read.fn("abc", SampleConfig(rows=2)), 1.0).to_json().encode()
+    for position in range(8 * len(text)):
+        flipped = bytearray(text)
+        flipped[position // 8] ^= 1 << position % 8
+        with pytest.raises(ValueError):  # noqa: PT011  # of whatever kind: JSON, UTF-8, the seal, a field
+            Made.from_json(bytes(flipped), toy.read.returns)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tasks.caching import files, locks, runs, store
+from tasks.caching.context import open_run
 from tasks.caching.store import Missing
 from tasks.refs import Artifact, InputError, NoSpaceError
 
@@ -219,7 +220,7 @@ def test_the_memo_of_digests_is_done_without_where_it_is_damaged_or_cannot_be_wr
 def test_a_root_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AMAZON_FT_HOME", "/proc/amazon-ft")
     with pytest.raises(InputError, match=r"^AMAZON_FT_HOME: /proc/amazon-ft: .*; expected a directory to write to"):
-        with runs.run_record("demo", {}):
+        with open_run("demo", {}):
             pass
 
 
@@ -242,7 +243,7 @@ def test_second_trainer_waits_and_names_the_holder_and_no_lock_outlives_sigkill(
 
 
 def test_run_record_notes_what_the_run_relies_on() -> None:
-    with runs.run_record("demo", {"seed": 1}) as run:
+    with open_run("demo", {"seed": 1}) as run:
         artifact = published()
         assert locks.is_locked(run.file.with_suffix(".lock"))
     kept = runs.past_runs()[0]
@@ -252,7 +253,7 @@ def test_run_record_notes_what_the_run_relies_on() -> None:
 
 
 def test_torn_run_record_is_left_out(home: Path) -> None:
-    with runs.run_record("demo", {}):
+    with open_run("demo", {}):
         pass
     (home / "runs" / "torn.json").write_text('{"recipe": "de')
     assert [run["recipe"] for run in runs.past_runs()] == ["demo"]

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from flows.recipes import load_recipe
 from flows.running.promotion import promote
 from tasks.baseline import baseline
-from tasks.caching import runs
+from tasks.caching.context import open_run
 from tasks.caching.store import publish
 from tasks.config import EvaluateConfig, PromoteConfig, WeightsConfig
 from tasks.evaluate import evaluate
@@ -260,7 +260,7 @@ def same(_name: str, tensor: Any) -> Any:
 
 def test_what_learnt_is_promoted_in_one_step_and_the_run_tells(saved_with: Any, home: Path) -> None:
     saved = saved_with(same)
-    with runs.run_record("demo", {}) as run:
+    with open_run("demo", {}) as run:
         verdict = promote(saved, load_recipe("demo"))
     assert verdict.promoted, verdict
     assert link_of(home).resolve() == saved.data.path.resolve()

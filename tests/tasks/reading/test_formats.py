@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tasks.config import IngestConfig
 from tasks.reading.formats import cut_blocks, read_blocks
-from tasks.reading.rows import Block
+from tasks.reading.rows import LineBlock
 from tasks.refs import InputError
 
 CONFIG = IngestConfig(block_bytes=2**16)
@@ -163,7 +163,7 @@ def test_bomb_of_bombs_is_refused(tmp_path: Path) -> None:
     assert "a decompression bomb" in refusal(zipped(tmp_path / "raw.zip", {"trn.json.gz": inner}))
 
 
-def blocks(data: bytes, block_bytes: int, max_line_bytes: int) -> list[Block]:
+def blocks(data: bytes, block_bytes: int, max_line_bytes: int) -> list[LineBlock]:
     return list(cut_blocks(io.BytesIO(data), "1:", block_bytes, max_line_bytes))
 
 

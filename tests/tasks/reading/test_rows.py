@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.reading.rows import Block, Rows, read_block, read_strict
+from tasks.reading.rows import LineBlock, ParsedBlock, read_block, read_strict
 from tests.support import reference
 from tests.support.fuzz import MUTATIONS, good_line, mutated_lines
 
@@ -17,16 +17,16 @@ MOST = 2**20
 GOOD = b'{"uid": "7", "title": "Pan", "content": "Iron."}'
 
 
-def rows(read: Rows) -> list[tuple[str, ...]]:
+def rows(read: ParsedBlock) -> list[tuple[str, ...]]:
     return [tuple(row.values()) for row in read.table.to_pylist()]
 
 
-def told(read: Rows) -> tuple[Any, ...]:
+def told(read: ParsedBlock) -> tuple[Any, ...]:
     return rows(read), read.lines, read.blank, [tuple(reject) for reject in read.rejects]
 
 
 def reason(line: bytes) -> str:
-    [reject] = read_block(Block(line, 1), MOST).rejects
+    [reject] = read_block(LineBlock(line, 1), MOST).rejects
     return reject.reason
 
 
@@ -45,7 +45,7 @@ def reason(line: bytes) -> str:
     ids=["plain", "spaces and CR", "further keys", "key twice", "escapes", "infinity", "huge number", "deep"],
 )  # fmt: skip
 def test_line_is_a_product(line: bytes, row: tuple[str, str, str]) -> None:
-    assert rows(read_block(Block(line, 1), MOST)) == rows(read_strict(Block(line, 1), MOST)) == [row]
+    assert rows(read_block(LineBlock(line, 1), MOST)) == rows(read_strict(LineBlock(line, 1), MOST)) == [row]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_reject_says_what_is_wrong(line: bytes, expected: str) -> None:
 
 
 def test_line_over_the_limit_is_rejected_and_its_neighbours_kept() -> None:
-    block = Block(GOOD + b"\n" + GOOD.replace(b"Iron.", b"i" * 1024) + b"\n" + GOOD, 5)
+    block = LineBlock(GOOD + b"\n" + GOOD.replace(b"Iron.", b"i" * 1024) + b"\n" + GOOD, 5)
     read = read_block(block, 1000)
     assert len(rows(read)) == 2
     assert [(reject.line, reject.reason) for reject in read.rejects] == [
@@ -88,19 +88,19 @@ def test_line_over_the_limit_is_rejected_and_its_neighbours_kept() -> None:
 
 
 def test_rows_without_uid_are_numbered_in_a_file_without_uids() -> None:
-    block = Block(b'{"title": "a", "content": "b"}\n\n{"title": "c", "content": "d", "uid": null}\n', 3, "2:")
+    block = LineBlock(b'{"title": "a", "content": "b"}\n\n{"title": "c", "content": "d", "uid": null}\n', 3, "2:")
     assert rows(read_block(block, MOST)) == [("2:3", "a", "b"), ("2:5", "c", "d")]
-    good = Block(b'{"title": "a", "content": "b"}\n{"title": "c", "content": "d"}', 3, "2:")
+    good = LineBlock(b'{"title": "a", "content": "b"}\n{"title": "c", "content": "d"}', 3, "2:")
     assert rows(read_block(good, MOST)) == rows(read_strict(good, MOST)) == [("2:3", "a", "b"), ("2:4", "c", "d")]
 
 
 def test_empty_block_has_no_lines() -> None:
-    assert told(read_block(Block(b"", 1), MOST)) == ([], 0, 0, [])
+    assert told(read_block(LineBlock(b"", 1), MOST)) == ([], 0, 0, [])
 
 
 def test_fast_reader_reads_what_is_well_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("tasks.reading.rows.read_strict")
-    assert rows(read_block(Block(GOOD + b"\r\n" + GOOD + b"\n", 1), MOST)) == [("7", "Pan", "Iron.")] * 2
+    assert rows(read_block(LineBlock(GOOD + b"\r\n" + GOOD + b"\n", 1), MOST)) == [("7", "Pan", "Iron.")] * 2
 
 
 @given(
@@ -111,7 +111,7 @@ def test_fast_reader_reads_what_is_well_formed(monkeypatch: pytest.MonkeyPatch) 
 def test_both_readers_agree_on_any_block(changes: list[tuple[str | None, Any]], prefix: str | None, ended: bool) -> None:
     good = [good_line(rng, number) for number, (_, rng) in enumerate(changes)]
     lines = [MUTATIONS[name](rng, line) if name else line for (name, rng), line in zip(changes, good, strict=True)]
-    block = Block(b"\n".join(lines) + b"\n" * (ended and bool(lines)), 10, prefix)
+    block = LineBlock(b"\n".join(lines) + b"\n" * (ended and bool(lines)), 10, prefix)
     assert told(read_block(block, 5000)) == told(read_strict(block, 5000))
 
 
@@ -121,14 +121,14 @@ def test_both_readers_agree_on_any_block(changes: list[tuple[str | None, Any]], 
     )
 )
 def test_both_readers_agree_on_any_object(row: dict[str, Any]) -> None:
-    block = Block(json.dumps(row).encode(), 1)
+    block = LineBlock(json.dumps(row).encode(), 1)
     assert told(read_block(block, MOST)) == told(read_strict(block, MOST))
 
 
 def test_single_mutated_lines_are_read_as_the_standard_library_reads_them() -> None:
     for line in mutated_lines(4000, seed=5):
         for part in line.split(b"\n"):
-            read = read_block(Block(part + b"\n", 1), MOST)
+            read = read_block(LineBlock(part + b"\n", 1), MOST)
             expected = reference.ingest([part], MOST)
             assert (len(read.rejects), read.blank) == (len(expected.rejected), expected.dropped["blank line"]), part
             assert rows(read) == ([] if expected.rejected or read.blank else [reference.parse(part)]), part

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.reporting import markdown as report
+from tasks.reporting import markdown
 
 
 def svg(markdown: str) -> ElementTree.Element:
@@ -23,7 +23,7 @@ def shapes(element: ElementTree.Element, name: str) -> list[ElementTree.Element]
 
 
 def test_source_profile_counts_every_line_once() -> None:
-    text = report.source_profile([("trn.json", 3 * 2**20)], 10, 6, {"duplicate": 1, "empty title": 2, "blank line": 0}, 1)
+    text = markdown.source_profile([("trn.json", 3 * 2**20)], 10, 6, {"duplicate": 1, "empty title": 2, "blank line": 0}, 1)
     assert "| trn.json | 3.0 |" in text
     assert "| kept | 6 | 60.0% |" in text
     assert "| duplicate | 1 | 10.0% |" in text
@@ -33,21 +33,21 @@ def test_source_profile_counts_every_line_once() -> None:
 
 
 def test_marked_rows_keep_text_that_looks_like_markup() -> None:
-    text = report.marked_rows([[("### Título:\n<b>", False), ("```` | done", True)]])
+    text = markdown.marked_text([[("### Título:\n<b>", False), ("```` | done", True)]])
     assert "### Título:\n<b>⟦'``` | done⟧" in text
 
 
 @given(st.lists(st.tuples(st.integers(0, 999), st.booleans()), max_size=40))
 def test_pieces_put_together_are_the_row(row: list[tuple[int, bool]]) -> None:
     ids = [number for number, _ in row]
-    found = report.pieces(ids, [number if trained else -100 for number, trained in row])
+    found = markdown.pieces(ids, [number if trained else -100 for number, trained in row])
     assert [number for run, _ in found for number in run] == ids
     assert [trained for run, trained in found for _ in run] == [trained for _, trained in row]
     assert all(one[1] != other[1] for one, other in pairwise(found))
 
 
 def test_token_lengths_say_what_is_long_and_what_the_limit_is() -> None:
-    text = report.token_lengths([10, 20, 30, 200], 512, {"dropped": 2.0})
+    text = markdown.token_lengths([10, 20, 30, 200], 512, {"dropped": 2.0})
     for line in (
         "| rows | 4 |",
         "| tokens | 260 |",
@@ -60,20 +60,20 @@ def test_token_lengths_say_what_is_long_and_what_the_limit_is() -> None:
 
 
 def test_training_without_a_step_says_so() -> None:
-    assert "No step was logged yet." in report.training([], {"step": "0 of 9"})
+    assert "No step was logged yet." in markdown.training_curve([], {"step": "0 of 9"})
 
 
 def test_training_shows_its_curve_as_an_image() -> None:
-    assert shapes(svg(report.training([(1, 4.0), (2, 2.0)], {"loss": 2.0})), "path")
+    assert shapes(svg(markdown.training_curve([(1, 4.0), (2, 2.0)], {"loss": 2.0})), "path")
 
 
 def test_evaluation_shows_both_models_in_lines_that_need_no_scrolling() -> None:
     row = {"prompt": "What | is\nit?", "reference": "A pan.", "base": "word " * 300, "tuned": "A ```` pan."}
-    text = report.evaluation("| | base | tuned |", [row])
+    text = markdown.answers_compared("| | base | tuned |", [row])
     assert "What | is\nit?" in text
     assert text.count("word") == 300
     assert "tuned: A '``` pan." in text
-    assert max(len(line) for line in text.splitlines()) <= report.LINE
+    assert max(len(line) for line in text.splitlines()) <= markdown.LINE
 
 
 def test_lineage_names_state_output_and_reason() -> None:
@@ -86,13 +86,13 @@ def test_lineage_names_state_output_and_reason() -> None:
         "path": "artifacts/products/x",
     }
     failed = {"name": "sample", "state": "failed", "key": "cd" * 32, "reason": "config.seed 1 -> 2"}
-    text = report.lineage([done | {"reason": "first run"}, failed])
+    text = markdown.stages_table([done | {"reason": "first run"}, failed])
     assert "| ingest | completed | 1,200 | 1.2 | first run | `abababab` | `products/x` |" in text
     assert "| sample | failed |  |  | config.seed 1 -&gt; 2 | `cdcdcdcd` |  |" in text
 
 
 def test_output_names_host_and_path() -> None:
-    text = report.output("/data/models/demo/mine", "gpu-1", [("adapter_model.safetensors", 2048)])
+    text = markdown.model_files("/data/models/demo/mine", "gpu-1", [("adapter_model.safetensors", 2048)])
     assert "On `gpu-1`" in text
     assert "/data/models/demo/mine" in text
     assert "| adapter_model.safetensors | 2.0 |" in text

@@ -14,7 +14,7 @@ from tokenizers.decoders import ByteLevel
 from tokenizers.models import BPE, WordLevel
 
 from tasks.refs import InputError
-from tasks.text.encoding import BatchEncoder, from_ids, load_tokenizer, special_id, token_bytes
+from tasks.text.encoding import BatchEncoder, from_ids, load_tokenizer_json, special_id, token_bytes
 from tests.support.prepared import id_rows
 from tests.support.tiny import BOS, EOS, make_tiny_tokenizer
 
@@ -33,13 +33,13 @@ def test_a_saved_tokenizer_is_loaded_without_its_truncation_and_padding(tmp_path
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=32)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    ids = load_tokenizer(tmp_path).encode("x" * 20, add_special_tokens=False).ids
+    ids = load_tokenizer_json(tmp_path).encode("x" * 20, add_special_tokens=False).ids
     assert len(ids) == 20
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
-        load_tokenizer(tmp_path)
+        load_tokenizer_json(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path}: tokenizer.json: got No such file or directory (os error 2); expected a file of the tokenizers library. "
         "Name a model directory that has one in model.id."

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tasks.config import TokenizeConfig
 from tasks.refs import InputError
 from tasks.text.encoding import Encoded, from_ids
-from tasks.text.overlength import Tally, check_ends, check_tally, count_bos, fit, shorten
+from tasks.text.overlength import RowCounts, check_counts, check_ends, count_bos, fit, shorten
 from tests.support.prepared import id_rows
 
 BOS, EOS = 0, 1
@@ -103,9 +103,9 @@ def test_every_row_must_begin_with_bos_and_further_ones_are_counted() -> None:
 def test_rows_that_were_changed_are_told_with_numbers(caplog: pytest.LogCaptureFixture) -> None:
     config = TokenizeConfig(max_affected_share=0.1)
     with caplog.at_level(logging.WARNING):
-        check_tally("training rows", Tally(rows=1000, kept=1000), config)
+        check_counts("training rows", RowCounts(rows=1000, kept=1000), config)
         assert not caplog.messages
-        check_tally("training rows", Tally(rows=1000, kept=1000, overlong=40, unlearnable=60, longest=5000), config)
+        check_counts("training rows", RowCounts(rows=1000, kept=1000, overlong=40, unlearnable=60, longest=5000), config)
     assert caplog.messages == [
         "training rows: 40 of 1,000 rows are longer than 2048 tokens (the longest has 5,000; drop), 60 have no label"
     ]
@@ -113,14 +113,14 @@ def test_rows_that_were_changed_are_told_with_numbers(caplog: pytest.LogCaptureF
 
 def test_too_many_changed_rows_stop_the_run() -> None:
     with pytest.raises(InputError) as caught:
-        check_tally("training rows", Tally(rows=1000, kept=1000, overlong=101, longest=5000), TokenizeConfig())
+        check_counts("training rows", RowCounts(rows=1000, kept=1000, overlong=101, longest=5000), TokenizeConfig())
     assert str(caught.value) == (
         "training rows: too many rows affected: got 101 of 1,000 rows are longer than 2048 tokens (the longest has 5,000; drop), "
         "0 have no label; expected at most 10.0% of the rows (tokenize.max_affected_share). "
         "Raise tokenize.max_tokens, set on_overlength=truncate, or raise the share."
     )
     with pytest.raises(InputError):
-        check_tally("training rows", Tally(rows=3, overlong=3), TokenizeConfig(max_affected_share=1))
+        check_counts("training rows", RowCounts(rows=3, overlong=3), TokenizeConfig(max_affected_share=1))
 
 
 ids = st.lists(st.integers(2, 9), max_size=6)

@@ -19,7 +19,7 @@ from tasks.config import CHAT_TEMPLATE, QUESTIONS, TemplateConfig
 from tasks.refs import InputError, Special
 from tasks.template import describe_template, join_turns, render_turns
 from tasks.text.chat_template import parse_template
-from tasks.text.encoding import BatchEncoder, Encoded, load_tokenizer
+from tasks.text.encoding import BatchEncoder, Encoded, load_tokenizer_json
 from tasks.text.turn_encoding import TurnEncoder, choose_encoder, encode_whole, refuse_specials, without_specials
 from tasks.text.turns import find_cut, find_shape
 from tests.support.prepared import SPECIAL, golden_products, id_rows
@@ -219,7 +219,7 @@ def test_an_eos_that_eats_the_space_behind_it_leaves_no_fast_way() -> None:
 
 
 def test_real_products_with_llama3(shared: Path, llama3: Path) -> None:
-    backend, template = load_tokenizer(llama3), described()
+    backend, template = load_tokenizer_json(llama3), described()
     with (shared / "data" / "products_700.jsonl").open(encoding="utf-8") as file:
         products = [json.loads(line) for line in file]
     turns = turns_of([(product["title"] or "", html.unescape(product["content"] or "")) for product in products])[:699]

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
-from tasks.text.encoding import BatchEncoder, load_tokenizer
+from tasks.text.encoding import BatchEncoder, load_tokenizer_json
 from tasks.text.word_encoding import RUNS, WordEncoder, make_encoder
 from tests.support.prepared import id_rows
 from tests.support.tiny import EOS, make_tiny_tokenizer
@@ -109,12 +109,12 @@ def test_llama3_ids_equal_the_tokenizers_on_real_products(shared: Path, llama3: 
         products = [json.loads(line) for line in file]
     texts = [product[name] or "" for product in products for name in ("title", "content")]
     assert len(products) == 700
-    assert_same_ids(load_tokenizer(llama3), [*texts, *map(html.unescape, texts)])
+    assert_same_ids(load_tokenizer_json(llama3), [*texts, *map(html.unescape, texts)])
 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_llama3_ids_equal_the_tokenizers_on_fuzzed_text(llama3: Path, plain: bool) -> None:
-    assert_same_ids(load_tokenizer(llama3), fuzz_texts(6000, seed=3), plain=plain)
+    assert_same_ids(load_tokenizer_json(llama3), fuzz_texts(6000, seed=3), plain=plain)
 
 
 @given(st.lists(st.text() | st.text("ab '\n\r\t 19.-é"), min_size=1, max_size=6))

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from tasks.config import FinetuneConfig, LoraSection, WeightsConfig
 from tasks.finetune import finetune, load_backend
 from tasks.refs import Adapter, ConfigError, InputError, Model, PipelineError
-from tasks.training import hardware, memory
+from tasks.training import hardware, memory, model_shape
 from tasks.training.checkpoints import checkpoints, step_of
 from tasks.training.inference.scoring import Request, score, score_here
 from tasks.training.loading import load_base
@@ -173,7 +173,7 @@ def test_unsloth_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(
 
 
 def test_without_unsloth_its_recipes_are_refused_with_two_ways_out(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.training.hardware.find_spec", lambda _: None)
+    monkeypatch.setattr("tasks.training.hardware.LIBRARIES", ("torch",))
     with pytest.raises(ConfigError) as caught:
         train(model, tiny_tokens(4), backend="unsloth")
     assert str(caught.value) == (
@@ -282,7 +282,7 @@ def estimated(**changes: Any) -> dict[str, float]:
     """The estimate for a model of Llama-3-8B's shape."""
     linear = {"q_proj": (4096, 4096), "k_proj": (4096, 1024), "v_proj": (4096, 1024), "o_proj": (4096, 4096)}
     linear |= {"gate_proj": (4096, 14336), "up_proj": (4096, 14336), "down_proj": (14336, 4096)}
-    shape = memory.Shape(hidden=4096, layers=32, vocabulary=128_256, tied=False, linear=linear)
+    shape = model_shape.ModelShape(hidden=4096, layers=32, vocabulary=128_256, tied=False, linear=linear)
     resolved = hardware.resolve(FinetuneConfig(backend="hf"), WeightsConfig(), "cpu").model_copy(
         update={"dtype": "bfloat16", "optimizer": "adamw_8bit", "gradient_checkpointing": "unsloth"} | changes
     )
@@ -304,7 +304,7 @@ def test_less_checkpointing_never_takes_less_memory(optimizer: str, load_in_4bit
 
 def test_a_model_that_is_no_llama_is_not_estimated(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"n_embd": 768}))
-    assert memory.read_shape(tmp_path) is None
+    assert model_shape.read_shape(tmp_path) is None
 
 
 # Scoring
@@ -349,7 +349,7 @@ def test_scoring_in_a_process_of_its_own_gives_the_same(
 ) -> None:
     request = request_of()
     here = score_here(request)
-    monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
+    monkeypatch.setenv("UNSLOTH_IS_PRESENT", "1")
     monkeypatch.setattr(
         "tasks.training.inference.scoring.score_here", lambda _: pytest.fail("it was scored in the patched process")
     )
@@ -386,7 +386,7 @@ def test_scoring_first_frees_the_model_of_a_training(
 def test_a_scoring_process_that_ends_early_is_an_error(
     request_of: Callable[..., Request], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
+    monkeypatch.setenv("UNSLOTH_IS_PRESENT", "1")
     with pytest.raises(
         PipelineError, match=r"^evaluate: the scoring process ended without a result: got exit code 1; expected 0\.$"
     ):

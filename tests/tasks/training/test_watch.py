@@ -7,16 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks.training.backend import Report
-from tasks.training.watch import LOG, Verdict, Watch, read_log
+from tasks.training.watch import LOG, DivergenceCheck, Watch, read_log
 from tests.support.tiny import make_tiny_model, tiny_reference, tiny_tokens
 from tests.support.train_tiny import train
-
-
-class Listener:
-    def report(self, report: Report) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class OnTheDevice(float):
@@ -28,8 +21,8 @@ class OnTheDevice(float):
 
 
 def watch(log: Path) -> Watch:
-    verdict = Verdict(max_loss=9, scaled=False, rows_of=lambda step: [], kept=lambda: "")
-    return Watch(log=log, steps=8, progress=Listener(), verdict=verdict, memory_gib=lambda: 0.5)
+    check = DivergenceCheck(max_loss=9, scaled=False, rows_of=lambda step: [], kept=lambda: "")
+    return Watch(log=log, steps=8, check=check, memory_gib=lambda: 0.5)
 
 
 def test_steps_that_the_gpu_does_later_than_they_were_noted_take_their_share_of_the_time(tmp_path: Path) -> None:

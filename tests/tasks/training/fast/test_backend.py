@@ -23,16 +23,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from flows.recipes import load_recipe
 from tasks.config import FinetuneConfig, LoraSection, WeightsConfig
 from tasks.refs import Adapter, ConfigError, Model
-from tasks.training import hardware, memory
+from tasks.training import hardware, model_shape
 from tasks.training.backend import Job
 from tasks.training.checkpoints import checkpoints, is_last
 from tasks.training.fast import frozen
-from tasks.training.fast.backend import LENGTHS, Lengths, collator, measure
+from tasks.training.fast.backend import LENGTHS, Lengths, collator, max_lengths
 from tasks.training.fast.loss import linear_loss
-from tasks.training.fast.memory_plan import check_model, choose
+from tasks.training.fast.memory_plan import check_supported, choose
 from tasks.training.fast.packed import Collator, PackedLlama
-from tasks.training.hf import add_adapter
-from tasks.training.loading import load_base
+from tasks.training.loading import attach_fresh_adapter, load_base
 from tasks.training.watch import read_log
 from tests.support.nearness import Rows, adapter_of, gradients, packed, relative, row_by_row, scaled_product
 from tests.support.tiny import make_tiny_model, tiny_reference, tiny_tokens
@@ -51,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def tiny_llama(model: Model, dtype: torch.dtype, lora: LoraSection = LORA) -> Any:
     """The tiny model with an adapter that is not zero."""
     base = AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype, attn_implementation="sdpa")
-    wrapped = add_adapter(base, lora)
+    wrapped = attach_fresh_adapter(base, lora)
     random = torch.Generator().manual_seed(1)
     for parameter in adapter_of(wrapped).values():
         parameter.data = torch.randn(parameter.shape, generator=random) * 0.05
@@ -326,7 +325,7 @@ def test_a_base_model_stored_in_nf4_is_trained_as_it_is_or_unpacked(kind: frozen
 
 
 def in_4bit(path: Path) -> Any:
-    return add_adapter(load_base(path, "bfloat16", load_in_4bit=True, device="cpu"), LORA)
+    return attach_fresh_adapter(load_base(path, "bfloat16", load_in_4bit=True, device="cpu"), LORA)
 
 
 @pytest.mark.parametrize(("left_out", "quant_type"), [(("o_proj", "gate_proj"), "nf4"), ((), "fp4")])
@@ -341,7 +340,7 @@ def test_what_is_not_stored_in_nf4_is_held_in_sixteen_bits(tmp_path: Path, left_
 
 
 def test_what_fits_is_chosen_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    shape = memory.read_shape(Path(make_llama3_config(tmp_path)))
+    shape = model_shape.read_shape(Path(make_llama3_config(tmp_path)))
     assert shape is not None
     config = FinetuneConfig(backend="fast", gradient_checkpointing="auto", optimizer="adamw_torch_fused")
     resolved = hardware.resolve(config, WeightsConfig(load_in_4bit=False), "cpu").model_copy(
@@ -369,12 +368,12 @@ def test_fp8_is_refused_where_there_is_none(model: Model, kind: str) -> None:
 
 
 def test_another_architecture_is_refused_before_it_is_loaded(model: Model, tmp_path: Path) -> None:
-    check_model(Path(model.path), "bfloat16")
+    check_supported(Path(model.path), "bfloat16")
     config = json.loads((Path(model.path) / "config.json").read_text())
     other = {"attention_bias": True, "quantization_config": {"quant_method": "gptq", "bits": 4}}
     (tmp_path / "config.json").write_text(json.dumps(config | other))
     with pytest.raises(ConfigError, match=r"got biases True, dtype float16, weights gptq; expected .* Set finetune.backend=hf"):
-        check_model(tmp_path, "float16")
+        check_supported(tmp_path, "float16")
     shutil.copytree(model.path, tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ConfigError, match="got model_type gpt2; expected a Llama"):
@@ -385,8 +384,8 @@ def test_the_sizes_of_packs_are_read_without_their_tokens() -> None:
     from datasets import Dataset
 
     packs = Dataset.from_dict({"input_ids": [[1] * 9, [1] * 7], "seq_lengths": [[2, 3, 4], [6, 1]]})
-    assert measure(packs) == Lengths(pack=9, row=6, rows=3)
-    assert measure(packs.remove_columns("seq_lengths")) == Lengths(pack=9, row=9, rows=1)
+    assert max_lengths(packs) == Lengths(pack=9, row=6, rows=3)
+    assert max_lengths(packs.remove_columns("seq_lengths")) == Lengths(pack=9, row=9, rows=1)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,52 @@
-"""Why a stage runs: what differs between two of its calls."""
+"""Plans of runs: each stage's step and its reason, and the differences between two calls of a stage."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from tasks.caching.runs import past_runs
+from tasks.refs import Artifact
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Stands for the output of a stage that will run; so does everything read from it."""
+
+    until: str
+
+    def __getattr__(self, name: str) -> Unknown:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage call that has not happened."""
+
+    name: str
+    state: str
+    """`cached`, `run` or `unknown`."""
+    reason: str
+    rows: int = 0
+    key: str | None = None
+    artifact: Artifact | None = None
+
+
+@dataclass
+class Plan:
+    """The steps of a run that has not happened."""
+
+    recipe: str
+    steps: list[Step] = field(default_factory=list[Step])
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether every step would be served."""
+        return all(step.state == "cached" for step in self.steps)
 
 
 def last_entry(name: str, run: str | None, recipe: str | None) -> dict[str, Any] | None:
@@ -43,7 +83,7 @@ def changes(where: str, before: Any, now: Any) -> list[str]:
 
 
 def _parts(value: Any) -> dict[str, Any]:
-    """What a value holds, by the path to it; nothing for a plain value."""
+    """The parts of a value by the paths to them; none for a plain value."""
     if isinstance(value, dict):
         return {f".{name}": item for name, item in sorted(cast("dict[str, Any]", value).items())}
     if isinstance(value, list):
@@ -58,4 +98,4 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-__all__ = ["changes", "code_changes", "last_entry"]
+__all__ = ["Plan", "Step", "Unknown", "changes", "code_changes", "last_entry"]

@@ -1,0 +1,33 @@
+"""A terminal shows a bar of what is counted while it is counted."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from flows.cli.terminal import Bar, LastRun
+from tasks.caching.context import observing, open_run
+from tasks.caching.events import RowsPassed, StageEnded, StepsLogged
+
+
+def test_bar_shows_rows_and_steps_and_goes_with_the_stage() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    bar = Bar(console)
+    bar.hear(RowsPassed("tokenize", "3,000 rows, 1,000 a second", 0.5))
+    bar.hear(StageEnded({}, {}, None))
+    bar.hear(StepsLogged(5, 20, 2.5, 1.0, 1e-4, 1234.0, 7.0))
+    bar.close()
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for text in ("tokenize", "3,000 rows, 1,000 a second", " 50%", "step 5  loss 2.5000", "1,234 tok/s", " 25%"):
+        assert text in shown
+    assert bar._bar is None
+
+
+def test_last_run_is_the_one_that_was_begun() -> None:
+    last = LastRun()
+    with observing(last):
+        assert last.run is None
+        with open_run("demo", {}) as run:
+            pass
+    assert last.run is run

@@ -1,0 +1,55 @@
+"""The artifacts of a run are made once and then updated, at the server of the run's own settings."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from flows.recipes import load_recipe
+from flows.reports.ui import Artifacts
+from tasks.caching.events import Detached, Noticed, StepsLogged
+
+DEMO = load_recipe("demo")
+
+
+def artifacts_at(api: str, flow_run: Any) -> list[tuple[str, Any]]:
+    rows = httpx.post(f"{api}/artifacts/filter", json={"flow_runs": None}).json()
+    return [(row["key"], row["data"]) for row in rows if row["flow_run_id"] == str(flow_run)]
+
+
+def test_artifact_is_made_once_and_then_updated(prefect_api: str) -> None:
+    flow_run = uuid4()
+    shown = Detached(Artifacts(flow_run, DEMO), "the Prefect UI", close_seconds=60)
+    for text in ("# One", "# Two"):
+        shown.hear(Noticed("worker", "steps", text))
+    shown.close()
+    assert artifacts_at(prefect_api, flow_run) == [("demo-worker", "# Two")]
+
+
+def test_training_is_shown_as_it_goes(prefect_api: str) -> None:
+    flow_run = uuid4()
+    shown = Artifacts(flow_run, DEMO)
+    for step, loss in ((5, 3.5), (10, 2.5)):
+        shown.hear(StepsLogged(step, 20, loss, 1.0, 1e-4, 100.0, 7.0))
+    shown.close()
+    found = dict(artifacts_at(prefect_api, flow_run))
+    assert found["demo-training-progress"] == 50
+    assert "| loss | 2.5 |" in found["demo-training"]
+
+
+def test_artifacts_go_to_the_server_of_their_maker(prefect_api: str, caplog: pytest.LogCaptureFixture) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    first, second = uuid4(), uuid4()
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        away = Detached(Artifacts(first, DEMO), "the Prefect UI", close_seconds=60)
+    here = Detached(Artifacts(second, DEMO), "the Prefect UI", close_seconds=60)
+    for shown in (away, here):
+        shown.hear(Noticed("worker", "steps", "# One"))
+        shown.close()
+    assert artifacts_at(prefect_api, first) == []
+    assert artifacts_at(prefect_api, second) == [("demo-worker", "# One")]
+    assert "the Prefect UI could not be told of this run (ConnectError: " in caplog.text
