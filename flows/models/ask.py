@@ -11,13 +11,13 @@ from tasks.config import Recipe
 from tasks.refs import InputError
 
 if TYPE_CHECKING:
-    from tasks.training.inference.chat import Asked
+    from tasks.training.inference.chat import ChatModel
 
 COLUMNS = ("title", "content")
 
 
 @dataclass(frozen=True)
-class Options:
+class AskOptions:
     """How to ask."""
 
     title: str | None
@@ -26,19 +26,19 @@ class Options:
     max_new_tokens: int | None
 
 
-def ask(saved: Saved, options: Options, *, read: Callable[[str], str], say: Callable[[str], None]) -> None:
+def answer_titles(saved: Saved, options: AskOptions, *, read: Callable[[str], str], say: Callable[[str], None]) -> None:
     """Answer the title of the options, else each that is read until an empty line or the end of the input."""
-    from tasks.training.inference.chat import load_asked
+    from tasks.training.inference.chat import load_chat_model
 
     if options.title is not None:
         render_title(saved.recipe, options.title)  # a mistake is told before minutes of loading
-    model = load_asked(saved.path, saved.base(), saved.recipe.model.weights)
+    model = load_chat_model(saved.path, saved.base(), saved.recipe.model.weights)
     for title in [options.title] if options.title is not None else _titles(read):
         _answer(model, saved.recipe, title, options, say)
 
 
 def render_title(recipe: Recipe, title: str) -> str:
-    """What the recipe's merged prompt makes of a title; other columns are empty.
+    """A title as the recipe's merged prompt renders it; other columns are empty.
 
     Raises:
         InputError: for an empty title.
@@ -65,7 +65,7 @@ def _titles(read: Callable[[str], str]) -> Iterator[str]:
         yield title
 
 
-def _answer(model: Asked, recipe: Recipe, title: str, options: Options, say: Callable[[str], None]) -> None:
+def _answer(model: ChatModel, recipe: Recipe, title: str, options: AskOptions, say: Callable[[str], None]) -> None:
     prompt = render_title(recipe, title)
     longest = options.max_new_tokens or recipe.evaluate.max_new_tokens
     for name in ("base", "tuned") if options.compare else ("tuned",):
@@ -75,4 +75,4 @@ def _answer(model: Asked, recipe: Recipe, title: str, options: Options, say: Cal
         say("\n")
 
 
-__all__ = ["Options", "ask", "render_title"]
+__all__ = ["AskOptions", "answer_titles", "render_title"]

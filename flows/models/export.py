@@ -39,18 +39,18 @@ print(generate([{"role": "user", "content": "..."}], max_new_tokens=128)[0]["gen
     ),
     "gguf": ("gguf", """# llama-cli -m model.gguf --jinja"""),
 }
-"""What the card of a format says: its library_name, and how to use it."""
+"""{format: (library_name of its card, how to use it)}."""
 
 
 class Format(StrEnum):
-    """What to write."""
+    """The form that a model is written in."""
 
     MERGED = "merged-16bit"
     GGUF = "gguf"
     ADAPTER = "adapter"
 
 
-def export(saved: Saved, how: Format, out: Path) -> Difference:
+def export_model(saved: Saved, how: Format, out: Path) -> Difference:
     """Write a model to a directory that is not there yet, whole or not at all; how far its answers are from the adapter's.
 
     Raises:
@@ -71,7 +71,7 @@ def export(saved: Saved, how: Format, out: Path) -> Difference:
     return difference
 
 
-def push(directory: Path, repository: str, token: str) -> str:
+def push_to_hub(directory: Path, repository: str, token: str) -> str:
     """Upload a directory to a model repository of the Hub, made private if it is new; its URL.
 
     Raises:
@@ -149,7 +149,7 @@ def _adapter(saved: Saved, base: Model, draft: Path) -> Difference:
     from tasks.training.exporting import merging
 
     _copy(saved.path, draft, tuple(file.name for file in saved.path.iterdir() if file.name != MANIFEST))
-    return merging.check_adapter(saved.path, draft, base, sixteen_bits(saved))
+    return merging.check_copy(saved.path, draft, base, sixteen_bits(saved))
 
 
 def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
@@ -177,4 +177,4 @@ def announce(difference: Difference, out: Path, say: Callable[[str], None]) -> N
     say(f"loaded again: logits differ from the adapter's by at most {difference.max_logit:.3g}, {difference.kl:.2g} nats")
 
 
-__all__ = ["Format", "announce", "card", "export", "push", "read_token", "sixteen_bits"]
+__all__ = ["Format", "announce", "card", "export_model", "push_to_hub", "read_token", "sixteen_bits"]
