@@ -12,7 +12,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from flows.models.export import Format, announce, export
+from flows.models.export import Format, announce, export_model
 from flows.models.saved import Saved
 from tasks.caching.files import file_digest, text_digest
 from tasks.caching.locks import flock
@@ -20,7 +20,7 @@ from tasks.refs import ConfigError, home
 
 HOST = "127.0.0.1"
 NEEDED = ("fastapi", "openai", "uvicorn")
-"""What transformers' server imports."""
+"""Imports of transformers' server."""
 
 
 def check_server() -> str:
@@ -47,7 +47,7 @@ def merged_copy(saved: Saved, say: Callable[[str], None]) -> Path:
     path = folder / saved.recipe.name
     with flock(folder.with_suffix(".lock"), remove=True):
         if not path.is_dir():
-            announce(export(saved, Format.MERGED, path), path, say)
+            announce(export_model(saved, Format.MERGED, path), path, say)
     return path
 
 
@@ -61,7 +61,7 @@ def command(server: str, model: Path, port: int) -> list[str]:
     return [*own, "serve", model.name, "--host", HOST, "--port", str(port)]
 
 
-def serve(saved: Saved, port: int, say: Callable[[str], None]) -> None:
+def become_server(saved: Saved, port: int, say: Callable[[str], None]) -> None:
     """Become the server, until Ctrl-C; it listens on this machine only.
 
     Raises:
@@ -76,4 +76,4 @@ def serve(saved: Saved, port: int, say: Callable[[str], None]) -> None:
     os.execve(line[0], line, os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(model.parent), "DO_NOT_TRACK": "1"})
 
 
-__all__ = ["check_server", "command", "merged_copy", "serve"]
+__all__ = ["become_server", "check_server", "command", "merged_copy"]
