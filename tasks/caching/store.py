@@ -3,38 +3,34 @@
     artifacts/KIND/DIGEST/   published directories, named by content, never changed; manifest.json names every file
     records/KEY              what a stage with that key returned (written by Prefect as the task's result)
     drafts/                  directories being written; each is locked by its writer
-    work/KEY/                a training's checkpoints, locked by the run that trains
+    work/KEY/                a training's checkpoints, locked by the run that trains (work/KEY.lock)
     runs/ID.json             what each run used, locked while it runs
     digests.sqlite           memo of file digests
     models/RECIPE/NAME       links to saved models
 
-Every write goes to a draft, is synced, and is renamed into place; locks are `flock`s, which the kernel frees when their
-holder dies, however it dies.
+Every write goes to a draft, is synced, and is renamed into place; the kernel frees a lock when its holder dies,
+however it dies.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
-import os
 import shutil
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 from uuid import uuid4
 
 from pydantic import BaseModel
 
 from tasks.caching.context import context
-from tasks.caching.files import file_digest, space_checked, sync_directory, text_digest, write_synced
+from tasks.caching.files import space_checked, sync_directory
 from tasks.caching.locks import flock, mutex
+from tasks.caching.manifest import MANIFEST, find_damage, write_manifest
 from tasks.config import Verify
 from tasks.refs import Artifact, home
-
-MANIFEST = "manifest.json"
 
 
 class Missing(Exception):  # noqa: N818  # an outcome, not an error
@@ -86,12 +82,8 @@ def publish(kind: str, *, need_bytes: int = 0) -> Generator[Draft]:
 
 
 def _seal(draft: Draft, kind: str) -> Artifact:
-    files = _listing(draft.path)
-    manifest = json.dumps({"kind": kind, "files": files}, indent=1, sort_keys=True)
-    write_synced(draft / MANIFEST, manifest.encode())
-    artifact = Artifact(
-        kind=kind, digest=text_digest(manifest), rows=draft.rows, size_bytes=sum(int(entry["size"]) for entry in files.values())
-    )
+    manifest = write_manifest(draft.path, kind)
+    artifact = Artifact(kind=kind, digest=manifest.digest, rows=draft.rows, size_bytes=manifest.size_bytes)
     use(artifact)
     with suppress(Missing):
         verify(artifact)
@@ -107,19 +99,6 @@ def _seal(draft: Draft, kind: str) -> Artifact:
             raise
     sync_directory(artifact.path.parent)
     return artifact
-
-
-def _listing(path: Path) -> dict[str, dict[str, Any]]:
-    """{relative name: size, sha256} of every file below, each synced to disk."""
-    files: dict[str, dict[str, Any]] = {}
-    for file in sorted(item for item in path.rglob("*") if item.is_file()):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-            files[str(file.relative_to(path))] = {
-                "size": file.stat().st_size,
-                "sha256": hashlib.file_digest(handle, "sha256").hexdigest(),
-            }
-    return files
 
 
 def use(*artifacts: Artifact) -> None:
@@ -165,29 +144,8 @@ def verify(artifact: Artifact, how: Verify = "full") -> None:
     Raises:
         Missing: naming the file that is missing or damaged.
     """
-    manifest = artifact.path / MANIFEST
-    try:
-        text = manifest.read_bytes()
-    except OSError:
-        raise Missing(f"output missing: {_relative(artifact.path)}") from None
-    if hashlib.sha256(text).hexdigest() != artifact.digest:
-        raise Missing(f"output corrupt: {_relative(manifest)}")
-    for name, entry in json.loads(text)["files"].items():
-        _verify_file(artifact.path / name, entry, how)
-
-
-def _verify_file(file: Path, entry: dict[str, Any], how: Verify) -> None:
-    try:
-        size = file.stat().st_size
-        intact = size == entry["size"] and (how == "size" or file_digest(file) == entry["sha256"])
-    except OSError:
-        raise Missing(f"output missing: {_relative(file)}") from None
-    if not intact:
-        raise Missing(f"output corrupt: {_relative(file)}")
-
-
-def _relative(path: Path) -> str:
-    return str(path.relative_to(home()))
+    if damage := find_damage(artifact.path, expected=artifact.digest, digests=how == "full"):
+        raise Missing(f"output {damage.how}: {(artifact.path / damage.name).relative_to(home())}")
 
 
 __all__ = ["MANIFEST", "Draft", "Missing", "artifacts_of", "check", "publish", "use", "verify"]

@@ -1,31 +1,27 @@
-"""Checkpoints that can be trusted: each is sealed with the digests of its files, and only an intact one is used.
+"""Checkpoints that can be trusted: each is sealed with a manifest of its files, and only an intact one is used.
 
-work/KEY/checkpoint-50/            what transformers.Trainer writes: adapter, optimizer, schedule, random states
-work/KEY/checkpoint-50/seal.json   written last: {file: [size, SHA-256]}; a checkpoint without it was cut short
+work/KEY/checkpoint-50/                what transformers.Trainer writes: adapter, optimizer, schedule, random states
+work/KEY/checkpoint-50/manifest.json   written last; a checkpoint without it was cut short
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 
-from tasks.caching.files import write_atomic
+from tasks.caching.manifest import MANIFEST, find_damage, write_manifest
 
 logger = logging.getLogger(__name__)
 
-SEAL = "seal.json"
 STATE = "trainer_state.json"
 """Written by transformers.Trainer: global_step, max_steps."""
 
 
 def seal(checkpoint: Path) -> None:
     """Sync a checkpoint's files to disk and note their digests."""
-    files = {str(file.relative_to(checkpoint)): _sync_and_digest(file) for file in _files(checkpoint)}
-    write_atomic(checkpoint / SEAL, json.dumps(files, sort_keys=True).encode())
+    write_manifest(checkpoint, "checkpoint")
 
 
 def newest_intact(work: Path) -> Path | None:
@@ -61,22 +57,13 @@ def is_last(checkpoint: Path) -> bool:
 
 def damage_of(checkpoint: Path, *, digests: bool = True) -> str | None:
     """The fault of a checkpoint, if any; without `digests` only sizes are compared."""
-    try:
-        sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "it was not written to its end"
-    for name, (size, digest) in sealed.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size or (digests and _digest(file) != digest):
-            return f"{name} is damaged"
-    return None
+    damage = find_damage(checkpoint, digests=digests)
+    return f"{damage.name} is {damage.how}" if damage else None
 
 
 def prune(work: Path, keep: int, *, always: int | None = None) -> None:
     """Keep the newest `keep` sealed checkpoints, so that an intact one is left at any moment, and that of step `always`."""
-    sealed = [path for path in checkpoints(work) if (path / SEAL).is_file()]
+    sealed = [path for path in checkpoints(work) if (path / MANIFEST).is_file()]
     for checkpoint in sealed[keep:]:
         if step_of(checkpoint) != always:
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -99,18 +86,3 @@ def describe_kept(work: Path) -> str:
     """Which checkpoint a failed training leaves, for its error message."""
     good = next((path for path in checkpoints(work) if damage_of(path, digests=False) is None), None)
     return f"The checkpoint of step {step_of(good)} is kept in {good}." if good else "No checkpoint had been written yet."
-
-
-def _files(checkpoint: Path) -> list[Path]:
-    return sorted(file for file in checkpoint.rglob("*") if file.is_file() and file.name != SEAL)
-
-
-def _sync_and_digest(file: Path) -> tuple[int, str]:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-        return file.stat().st_size, hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

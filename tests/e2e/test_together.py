@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -35,7 +36,7 @@ def ends(process: subprocess.Popen[str]) -> tuple[dict[str, str], str]:
 def all_intact(home: Path, monkeypatch) -> bool:
     monkeypatch.setenv("AMAZON_FT_HOME", str(home))
     for path in (home / "artifacts").glob("*/*"):
-        digest = store.hashlib.sha256((path / store.MANIFEST).read_bytes()).hexdigest()
+        digest = hashlib.sha256((path / store.MANIFEST).read_bytes()).hexdigest()
         store.verify(Artifact(kind=path.parent.name, digest=digest))
     return not [*(home / "drafts").glob("*")]
 

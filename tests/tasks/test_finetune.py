@@ -57,7 +57,7 @@ def interrupted(home: Path, model: Model, changes: dict[str, Any], how: signal.S
     """A training in its own process, ended by the signal as soon as its first checkpoint is sealed."""
     arguments = [sys.executable, "-m", "tests.support.train_tiny", model.path, json.dumps(changes)]
     process = subprocess.Popen(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    while not list(home.glob("work/*/checkpoint-*/seal.json")):
+    while not list(home.glob("work/*/checkpoint-*/manifest.json")):
         assert process.poll() is None, "the training ended before its first checkpoint"
         time.sleep(0.002)
     process.send_signal(how)
@@ -133,7 +133,7 @@ def test_a_truncated_newest_checkpoint_is_skipped_with_a_warning(
     optimizer.write_bytes(optimizer.read_bytes()[:-1])
     with caplog.at_level(logging.INFO):
         again = train(model, rows)
-    assert f"{newest.name} is skipped: optimizer.pt is damaged; the checkpoint before it is used." in caplog.text
+    assert f"{newest.name} is skipped: optimizer.pt is corrupt; the checkpoint before it is used." in caplog.text
     assert f"finetune goes on from step {step_of(before)}." in caplog.text
     assert (weights(again), losses(again)) == (weights(whole), losses(whole))
 

@@ -77,7 +77,7 @@ def test_missing_file_is_named() -> None:
 
 
 def test_missing_directory_is_named() -> None:
-    with pytest.raises(Missing, match=r"^output missing: artifacts/products/0000$"):
+    with pytest.raises(Missing, match=r"^output missing: artifacts/products/0000/manifest\.json$"):
         store.verify(Artifact(kind="products", digest="0000"))
 
 
@@ -123,7 +123,7 @@ def test_digest_is_memoised_until_the_file_changes(tmp_path: Path, monkeypatch: 
     file.write_text("one")
     settle(file)
     first = files.file_digest(file)
-    monkeypatch.setattr(store.hashlib, "file_digest", lambda *_: pytest.fail("was hashed again"))
+    monkeypatch.setattr(files.hashlib, "file_digest", lambda *_: pytest.fail("was hashed again"))
     assert files.file_digest(file) == first
 
 

@@ -1,0 +1,86 @@
+"""A manifest describes a directory to the byte, and shows what has become of it."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from pathlib import Path
+
+import pytest
+
+from tasks.caching.manifest import MANIFEST, Damage, find_damage, write_manifest
+
+TEXT = """{
+ "files": {
+  "nested/b.txt": {
+   "sha256": "fb8e20fc2e4c3f248c60c39bd652f3c1347298bb977b8b4d5903b85055620603",
+   "size": 2
+  },
+  "z.txt": {
+   "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+   "size": 0
+  }
+ },
+ "kind": "products"
+}"""
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    path = tmp_path / "written"
+    (path / "nested").mkdir(parents=True)
+    (path / "nested" / "b.txt").write_text("ab")
+    (path / "z.txt").touch()
+    return path
+
+
+def test_its_bytes_are_these(written: Path) -> None:
+    manifest = write_manifest(written, "products")
+    assert (written / MANIFEST).read_text() == TEXT
+    assert manifest.digest == hashlib.sha256(TEXT.encode()).hexdigest()
+    assert manifest.size_bytes == 2
+    assert sorted(path.name for path in written.iterdir()) == [MANIFEST, "nested", "z.txt"]
+
+
+def test_written_again_it_is_the_same(written: Path) -> None:
+    assert write_manifest(written, "products") == write_manifest(written, "products")
+
+
+def test_what_is_as_written_has_no_damage(written: Path) -> None:
+    digest = write_manifest(written, "products").digest
+    assert find_damage(written) is None
+    assert find_damage(written, expected=digest) is None
+    assert find_damage(written, expected="0" * 64) == Damage("corrupt", MANIFEST)
+
+
+def test_sizes_alone_are_compared_without_reading(written: Path) -> None:
+    write_manifest(written, "products")
+    (written / "nested" / "b.txt").write_text("xy")
+    assert find_damage(written, digests=False) is None
+    assert find_damage(written) == Damage("corrupt", "nested/b.txt")
+    (written / "nested" / "b.txt").write_text("x")
+    assert find_damage(written, digests=False) == Damage("corrupt", "nested/b.txt")
+
+
+def test_what_is_missing_is_named(written: Path) -> None:
+    assert find_damage(written) == Damage("missing", MANIFEST)
+    write_manifest(written, "products")
+    (written / "z.txt").unlink()
+    assert find_damage(written) == Damage("missing", "z.txt")
+
+
+@pytest.mark.parametrize("text", ["", "{", TEXT[:-20], "[]", '{"kind": "a"}', '{"kind": "a", "files": {"z.txt": [0, "e3"]}}'])
+def test_a_manifest_that_is_none_is_corrupt(written: Path, text: str) -> None:
+    (written / MANIFEST).write_text(text)
+    assert find_damage(written) == Damage("corrupt", MANIFEST)
+
+
+def test_no_flipped_bit_of_a_manifest_goes_unseen_or_raises(written: Path) -> None:
+    digest = write_manifest(written, "products").digest
+    whole, generator = (written / MANIFEST).read_bytes(), random.Random(7)
+    for _ in range(300):
+        flipped = bytearray(whole)
+        flipped[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        (written / MANIFEST).write_bytes(flipped)
+        assert find_damage(written, expected=digest) is not None
+        find_damage(written)
