@@ -15,6 +15,7 @@ from tests.e2e.tiny_runs import Tiny
 from tests.support.checkout import PROJECT
 
 NEEDED = [
+    "filelock",
     "fsspec",
     "httpx",
     "huggingface-hub",
@@ -27,7 +28,6 @@ NEEDED = [
     "safetensors",
     "tokenizers",
     "typer",
-    "zstandard",
     "jinja2",
 ]
 PROGRAM = Path(__file__).with_name("data_stages.py")
