@@ -15,7 +15,7 @@ from pathlib import Path
 from flows.models.export import Format, announce, export_model
 from flows.models.saved import Saved
 from tasks.caching.files import file_digest, text_digest
-from tasks.caching.locks import flock
+from tasks.caching.locks import locked
 from tasks.refs import ConfigError, home
 
 HOST = "127.0.0.1"
@@ -45,7 +45,7 @@ def merged_copy(saved: Saved, say: Callable[[str], None]) -> Path:
     base, template = saved.lineage["base_model"]["digest"], file_digest(saved.path / "chat_template.jinja")
     folder = home() / "served" / text_digest(f"{adapter} {base} {template}")[:32]
     path = folder / saved.recipe.name
-    with flock(folder.with_suffix(".lock"), remove=True):
+    with locked(folder.with_suffix(".lock"), remove=True):
         if not path.is_dir():
             announce(export_model(saved, Format.MERGED, path), path, say)
     return path

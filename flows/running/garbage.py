@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from tasks.caching import locks, runs
 from tasks.config import PROMOTED
 from tasks.refs import ConfigError, home
 
+LOCKED = ("drafts", "runs", "served", "work")
+"""Folders in which X is held through X.lock."""
 UNIT_SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
@@ -61,19 +63,20 @@ def collect(keep_last: int, age_seconds: float, *, dry_run: bool = False) -> lis
     """Remove what neither a kept run nor a living one refers to; returns what was removed.
 
     Kept are living runs, the last `keep_last` runs of each recipe that came to its end with what was tried since, runs younger
-    than `age_seconds`, and the newest that used a promoted model. Removing is a rename under the root's mutex, so that a run
-    which starts meanwhile sees a whole artifact or none.
+    than `age_seconds`, and the newest that used a promoted model. Removing is a rename under the root's mutex and under what
+    the path is held through, so that a run which starts meanwhile sees all of it or nothing.
     """
     with locks.mutex():
         past = runs.past_runs()
         promoted = _ids_of_promoted(past)
         kept = [run for run in past if run["id"] in promoted or _is_kept(run, past, keep_last, age_seconds)]
-        doomed = [*_unreferenced(kept), *_leftovers()]
-        gone = [Entry(_kind(path), str(path.relative_to(home())), _size(path)) for path in doomed]
+        doomed = [(path, Entry(_kind(path), str(path.relative_to(home())), _size(path))) for path in _doomed(kept)]
         if dry_run:
-            return gone
+            return [entry for _, entry in doomed]
         _drop_records(kept)
-        trash = _to_trash(doomed)
+        trash = home() / "trash" / f"{time.time_ns()}"
+        trash.mkdir(parents=True)
+        gone = [entry for number, (path, entry) in enumerate(doomed) if _move(path, trash / f"{number}")]
         for run in past:
             if run not in kept:
                 (home() / "runs" / f"{run['id']}.json").unlink(missing_ok=True)
@@ -106,23 +109,24 @@ def _ids_of_promoted(runs: list[dict[str, Any]]) -> set[str]:
     return {ids[0] for ids in using if ids}
 
 
+def _doomed(kept: list[dict[str, Any]]) -> list[Path]:
+    return [path for path in (*_unreferenced(kept), *_leftovers()) if not locks.is_locked(path.with_suffix(".lock"))]
+
+
 def _unreferenced(kept: list[dict[str, Any]]) -> Iterator[Path]:
     used = {name for run in kept for name in run["artifacts"]} | set(_promoted())
     keys = {entry["key"][:32] for run in kept for entry in run["stages"]}
     yield from (path for path in _artifacts() if f"{path.parent.name}/{path.name}" not in used)
-    yield from (path for path in _work() if path.name not in keys and not locks.is_locked(path / ".lock"))
+    yield from (path for path in _work() if path.name not in keys)
 
 
 def _leftovers() -> Iterator[Path]:
     """Drafts and half-written files whose writer is gone, links to nothing, an earlier sweep's trash, and merged copies of
     models, which `amazon-ft serve` makes anew; a server that has one open keeps it until it ends.
     """
-    for path in [*_children("drafts"), *(home() / "runs").glob("*.lock")]:
-        if not locks.is_locked(path.with_suffix(".lock")):
-            yield path
+    yield from (*_children("drafts"), *_children("served"), *(home() / "runs").glob("*.lock"), *(home() / "work").glob("*.lock"))
     yield from (path for folder in ("runs", "records") for path in _children(folder) if path.name.startswith("."))
     yield from (path for path in (home() / "models").glob("*/*") if path.is_symlink() and not path.exists())
-    yield from (path for path in _children("served") if not locks.is_locked(path.with_suffix(".lock")))
     yield from _children("trash")
 
 
@@ -133,13 +137,15 @@ def _drop_records(kept: list[dict[str, Any]]) -> None:
             record.unlink(missing_ok=True)
 
 
-def _to_trash(paths: list[Path]) -> Path:
-    trash = home() / "trash" / f"{time.time_ns()}"
-    trash.mkdir(parents=True)
-    for number, path in enumerate(paths):
-        with suppress(FileNotFoundError):
-            path.rename(trash / f"{number}")
-    return trash
+def _move(path: Path, to: Path) -> bool:
+    """Move what is still there and still held by nobody; whether it was. A lock file goes with the hold on it."""
+    lock = path.with_suffix(".lock")
+    hold = locks.locked(lock, remove=True, wait_seconds=0) if path.parent.name in LOCKED else nullcontext()
+    with suppress(FileNotFoundError, locks.Timeout), hold:
+        if path != lock:
+            path.rename(to)
+        return True
+    return False
 
 
 def _artifacts() -> list[Path]:
@@ -147,7 +153,7 @@ def _artifacts() -> list[Path]:
 
 
 def _work() -> list[Path]:
-    return _children("work")
+    return [path for path in _children("work") if path.is_dir()]
 
 
 def _children(folder: str) -> list[Path]:

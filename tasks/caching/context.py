@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from tasks.caching.events import Event, Observer, RunBegan, RunEnded, StageBegan, StageEnded
-from tasks.caching.locks import flock
+from tasks.caching.locks import locked
 from tasks.caching.plans import Plan
 from tasks.caching.runs import Run
 from tasks.config import Verify
@@ -129,7 +129,7 @@ def open_run(
     run = Run(recipe, dict(config), until=until or context().until, child=child)
     check_root()
     record = RunRecord(run)
-    held, here = flock(run.file.with_suffix(".lock"), remove=True), within(run=run, until=run.until, engine=engine)
+    held, here = locked(run.file.with_suffix(".lock"), remove=True), within(run=run, until=run.until, engine=engine)
     with held, here, observing(record, *observers):
         try:
             tell(RunBegan(run))

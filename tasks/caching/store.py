@@ -27,7 +27,7 @@ from pydantic import BaseModel
 
 from tasks.caching.context import context
 from tasks.caching.files import space_checked, sync_directory
-from tasks.caching.locks import flock, mutex
+from tasks.caching.locks import locked, mutex
 from tasks.caching.manifest import MANIFEST, find_damage, write_manifest
 from tasks.config import Verify
 from tasks.refs import Artifact, home
@@ -71,7 +71,7 @@ def publish(kind: str, *, need_bytes: int = 0) -> Generator[Draft]:
     """
     path = home() / "drafts" / f"{kind}-{uuid4().hex}"
     # the lock comes before there is anything that gc could take for a leftover
-    with space_checked(path, need_bytes), flock(path.with_suffix(".lock"), remove=True):
+    with space_checked(path, need_bytes), locked(path.with_suffix(".lock"), remove=True):
         path.mkdir()
         try:
             draft = Draft(path)

@@ -139,11 +139,11 @@ def deployed(session: Session, environment: dict[str, str], recipe: str, setting
 
 def training_begun(session: Session, process: subprocess.Popen[bytes], log: Path) -> Path:
     """The work directory of the only training so far, as soon as there is one."""
-    while not (found := list((session.home / "work").glob("*/.lock"))):
+    while not (found := list((session.home / "work").glob("*.lock"))):
         if process.poll() is not None:
             raise RuntimeError(f"ended before it trained: {log.read_text()[-3000:]}\n{logs_of(session)}")
         time.sleep(0.05)
-    return found[0].parent
+    return found[0].with_suffix("")
 
 
 def killed(session: Session, process: subprocess.Popen[bytes], work: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -153,7 +153,7 @@ def killed(session: Session, process: subprocess.Popen[bytes], work: Path) -> tu
         if process.poll() is not None:
             raise RuntimeError(f"ended before step {at}: {(session.work / 'killed.log').read_text()[-3000:]}\n{logs_of(session)}")
         time.sleep(0.05)
-    holder, gpus = (work / ".lock").read_text(), gpus_in_use()
+    holder, gpus = work.with_suffix(".lock").read_text(), gpus_in_use()
     os.kill(int(holder.split()[1]), 9)
     began = time.monotonic()
     code = process.wait()

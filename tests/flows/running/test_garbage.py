@@ -52,9 +52,25 @@ def test_what_only_trains_or_ends_early_is_not_the_last_run(how: dict[str, Any])
 
 def test_a_copy_that_is_being_merged_is_kept(home: Path) -> None:
     (home / "served" / "ab" / ".draft").mkdir(parents=True)
-    with locks.flock(home / "served" / "ab.lock", remove=True):
+    with locks.locked(home / "served" / "ab.lock", remove=True):
         assert [entry.path for entry in collect(keep_last=1, age_seconds=0)] == []
     assert [entry.path for entry in collect(keep_last=1, age_seconds=0)] == ["served/ab"]
+
+
+@pytest.mark.parametrize("folder", ["drafts", "served", "work"])
+def test_what_is_taken_hold_of_after_gc_has_looked_is_kept(home: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    (home / folder / "ab").mkdir(parents=True)
+    monkeypatch.setattr(locks, "is_locked", lambda _: False)
+    with locks.locked(home / folder / "ab.lock", remove=True):
+        assert collect(keep_last=1, age_seconds=0) == []
+        assert sorted(path.name for path in (home / folder).iterdir()) == ["ab", "ab.lock"]
+
+
+def test_a_lock_file_is_removed_only_by_who_holds_it(home: Path) -> None:
+    (home / "work").mkdir(parents=True)
+    (home / "work" / "dead.lock").touch()
+    assert [entry.path for entry in collect(keep_last=1, age_seconds=0)] == ["work/dead.lock"]
+    assert not list((home / "work").iterdir())
 
 
 def test_dry_run_only_says() -> None:
