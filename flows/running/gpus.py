@@ -1,24 +1,26 @@
 """The GPUs of this host: which are there, and one training to a GPU at a time, whichever server sent it.
 
-A work pool's limit holds on one server only; the lock here is the host's and goes by the GPU's UUID.
+A work pool's limit holds on one server only; the lock here is the host's, all users' alike, and goes by the GPU's UUID.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import subprocess
 import tempfile
 import time
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import Timeout, UnixFileLock
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 2.0
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,driver_version,memory.total", "--format=csv,noheader,nounits")
 
 
@@ -48,7 +50,7 @@ def list_gpus() -> list[Gpu]:
 
 def visible_gpus() -> list[Gpu]:
     """Those that CUDA_VISIBLE_DEVICES leaves to this process."""
-    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    wanted = os.environ.get(VISIBLE)
     if wanted is None:
         return list_gpus()
     names = [name.strip() for name in wanted.split(",") if name.strip()]
@@ -65,39 +67,35 @@ def one_gpu(device: str) -> Generator[None]:
     if not gpus:
         yield
         return
-    gpu, handle = _first_free(gpus)
+    before = {VISIBLE: os.environ[VISIBLE]} if VISIBLE in os.environ else {}
+    gpu, lock = _first_free(gpus)
     try:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu.uuid
+        os.environ[VISIBLE] = gpu.uuid
         yield
     finally:
-        os.close(handle)
+        os.environ.pop(VISIBLE, None)
+        os.environ.update(before)
+        lock.release()
 
 
-def _first_free(gpus: Sequence[Gpu]) -> tuple[Gpu, int]:
+def _first_free(gpus: Sequence[Gpu]) -> tuple[Gpu, UnixFileLock]:
     told = False
     while True:
         for gpu in gpus:
-            if (handle := _lock(gpu)) is not None:
-                return gpu, handle
+            lock = _lock_of(gpu)
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+                return gpu, lock
         if not told:
             logger.warning("waits for a GPU: another training holds %s.", ", ".join(f"GPU {gpu.index}" for gpu in gpus))
             told = True
         time.sleep(LOOK_SECONDS)
 
 
-def _lock(gpu: Gpu) -> int | None:
+def _lock_of(gpu: Gpu) -> UnixFileLock:
+    """One that every user of the host may take, whatever the umask of the first."""
     path = Path(tempfile.gettempdir()) / f"amazon-ft-{gpu.uuid}.lock"
-    try:
-        handle = os.open(path, os.O_RDONLY)  # another user's may only be read, and that suffices to lock it
-    except FileNotFoundError:
-        handle = os.open(path, os.O_RDONLY | os.O_CREAT)
-        os.fchmod(handle, 0o644)  # whatever the umask
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return None
-    return handle
+    return UnixFileLock(path, mode=0o666, fallback_to_soft=False)
 
 
 __all__ = ["Gpu", "list_gpus", "one_gpu", "visible_gpus"]

@@ -12,9 +12,9 @@ from flows.recipes import load_recipe
 from flows.running.doctor import Finding, _fetchable, examine
 from flows.running.gpus import visible_gpus
 from tests.support.checkout import PROJECT
+from tests.support.gpus import H200, SECOND_H200, driver
 from tests.support.tiny import make_tiny_model
 
-H200 = "0, GPU-11111111-2222-3333-4444-555555555555, NVIDIA H200, 580.95.05, 143771"
 OLD = "0, GPU-66666666-2222-3333-4444-555555555555, Tesla K80, 470.10.01, 11441"
 
 
@@ -26,15 +26,6 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-
-
-def driver(path: Path, *lines: str) -> str:
-    """A PATH on which nvidia-smi answers so."""
-    path.mkdir(parents=True, exist_ok=True)
-    program = path / "nvidia-smi"
-    program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
-    program.chmod(0o755)
-    return f"{path}:{os.environ['PATH']}"
 
 
 def findings(model: Path, *overrides: str, recipe: str = "demo") -> dict[str, Finding]:
@@ -86,8 +77,7 @@ def test_an_index_that_does_not_answer_is_said(tmp_path: Path, monkeypatch: pyte
 
 
 def test_only_the_visible_gpu_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    second = H200.replace("0, GPU-1", "1, GPU-2")
-    monkeypatch.setenv("PATH", driver(tmp_path / "bin", H200, second))
+    monkeypatch.setenv("PATH", driver(tmp_path / "bin", H200, SECOND_H200))
     assert [gpu.index for gpu in visible_gpus()] == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-2111")
     assert [gpu.index for gpu in visible_gpus()] == ["1"]
