@@ -1,10 +1,14 @@
 """Processes that end with the one they work for, however that one ends, and that let flow runs end first.
 
-    python -m flows.running.supervisor PID prefect ...    Prefect's command line, until process PID is gone or SIGTERM comes
-    end_with_worker()                                     in a flow run: a worker that was killed takes its run along
+    python -m flows.running.supervisor PID prefect ...         Prefect's command line, until process PID is gone or SIGTERM comes
+    python -m flows.running.supervisor PID alone uvicorn ...   a module's command line in this very process, until PID is gone
+    end_with_worker()                                          in a flow run: a worker that was killed takes its run along
 
 Prefect's process worker kills its flow runs when it is told to end. Here they get SIGTERM and time before the worker does:
 a training writes a checkpoint, and every run reports how it ended.
+
+This is the only place that watches a parent. One more process ends with its own, tasks/training/inference/scoring.py: stages
+know nothing of flows, and have nothing to let end first, so there the kernel is asked to kill it (prctl, PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -12,11 +16,11 @@ from __future__ import annotations
 import os
 import runpy
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import FrameType
 
 import psutil
@@ -26,7 +30,7 @@ RUN_SECONDS = 40
 """For flow runs to end in."""
 END_SECONDS = 10
 """For Prefect's own process, after them."""
-INNER = "inner"
+ALONE = "alone"
 
 
 class WorkerGone(BaseException):
@@ -34,6 +38,11 @@ class WorkerGone(BaseException):
 
 
 _worker_gone = threading.Event()
+
+
+def guarded(*command: str) -> list[str]:
+    """The command line of a module, such as `prefect server start`, that ends with this process."""
+    return [sys.executable, "-m", "flows.running.supervisor", str(os.getpid()), *command]
 
 
 def when_parent_is_gone(parent: int, act: Callable[[], None]) -> None:
@@ -66,48 +75,59 @@ def worker_is_gone() -> bool:
     return _worker_gone.is_set()
 
 
-def supervise(parent: int, command: list[str]) -> int:
-    """Run Prefect's command line until it ends, the parent is gone, or SIGTERM or SIGINT comes; its exit code."""
-    asked = threading.Event()
+def supervise(parent: int, command: Sequence[str]) -> int:
+    """Run Prefect's command line until it ends, the parent is gone, or SIGTERM or SIGINT comes; its exit code, 0 if told."""
+    told = threading.Event()
 
-    def ask(_signal: int, _frame: FrameType | None) -> None:
-        asked.set()
+    def tell(_signal: int, _frame: FrameType | None) -> None:
+        told.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask)
-    inner = [sys.executable, "-m", "flows.running.supervisor", str(os.getpid()), INNER, *command]
-    process = subprocess.Popen(inner, start_new_session=True)
+        signal.signal(number, tell)
+    when_parent_is_gone(parent, told.set)
+    process = psutil.Popen(guarded(ALONE, *command), start_new_session=True)
     while process.poll() is None:
-        if asked.wait(LOOK_SECONDS) or os.getppid() != parent:
-            _end(psutil.Process(process.pid))
+        if told.wait(LOOK_SECONDS):
+            _end_runs_first(process)
+            return 0
     return process.returncode
 
 
-def _end(process: psutil.Process) -> None:
-    """First the flow runs, then the process itself; each is asked, then killed."""
+def _end_runs_first(process: psutil.Process) -> None:
     try:
-        _ask(process.children(recursive=True), RUN_SECONDS)
+        with suppress(psutil.NoSuchProcess):
+            end_processes(process.children(recursive=True), RUN_SECONDS)
     finally:
-        _ask([process], END_SECONDS)
+        end_processes([process], END_SECONDS)
 
 
-def _ask(processes: list[psutil.Process], seconds: float) -> None:
+def end_processes(processes: Sequence[psutil.Process], seconds: float) -> None:
+    """Ask processes to end and wait for them; kill what is left after so many seconds."""
     for process in processes:
-        process.terminate()
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
     _, left = psutil.wait_procs(processes, seconds)
     for process in left:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(left, END_SECONDS)
 
 
-def _run_inner(parent: int, command: list[str]) -> None:
-    when_parent_is_gone(parent, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    sys.argv = command
+def _run_alone(parent: int, command: Sequence[str]) -> None:
+    """Be a module's command line; without the parent it gets SIGTERM, and no more than END_SECONDS."""
+
+    def end() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(END_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    when_parent_is_gone(parent, end)
+    sys.argv = [*command]
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
-    if sys.argv[2] == INNER:
-        _run_inner(int(sys.argv[1]), sys.argv[3:])
+    if sys.argv[2] == ALONE:
+        _run_alone(int(sys.argv[1]), sys.argv[3:])
     else:
         sys.exit(supervise(int(sys.argv[1]), sys.argv[2:]))

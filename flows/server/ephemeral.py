@@ -1,6 +1,6 @@
 """A Prefect server for one process: started with it, ended with it, however it ends.
 
-Prefect's own ephemeral server stays behind when its parent is killed; this one watches its parent.
+Prefect's own ephemeral server stays behind when its parent is killed; this one runs guarded (flows/running/supervisor.py).
 """
 
 from __future__ import annotations
@@ -9,16 +9,19 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
+from flows.running.supervisor import ALONE, end_processes, guarded
 from tasks.refs import PipelineError, home
 
 START_SECONDS = 180
 STOP_SECONDS = 5.0
+SERVER = ("prefect.server.api.server:create_app", "--factory", "--host", "127.0.0.1", "--log-level", "error", "--lifespan", "on")
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_UI_ENABLED": "false",
@@ -43,8 +46,8 @@ def prefect_server() -> Generator[str]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         port = _free_port()
-        command = [sys.executable, "-m", "flows.server.ephemeral", str(port), str(os.getpid())]
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | QUIET)
+        command = guarded(ALONE, "uvicorn", *SERVER, "--port", str(port))
+        process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | QUIET)
         os.environ["PREFECT_API_URL"] = url = f"http://127.0.0.1:{port}/api"
         try:
             wait_until_healthy(url, process, log)
@@ -52,20 +55,7 @@ def prefect_server() -> Generator[str]:
         finally:
             _send_last_logs()
             del os.environ["PREFECT_API_URL"]
-            end([process], STOP_SECONDS)
-
-
-def end(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
-    """Terminate processes and wait for them; kill what is left after so many seconds."""
-    for process in processes:
-        process.terminate()
-    give_up = time.monotonic() + seconds
-    for process in processes:
-        try:
-            process.wait(max(0.1, give_up - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            end_processes([process], STOP_SECONDS)
 
 
 def _send_last_logs() -> None:
@@ -82,7 +72,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_healthy(url: str, process: psutil.Popen, log: Path) -> None:
     """Return once the server answers.
 
     Raises:
@@ -99,23 +89,3 @@ def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) ->
             except httpx.TransportError:
                 time.sleep(0.05)
     raise PipelineError(f"Prefect server: did not answer within {START_SECONDS} s; expected {url}/health. Its log is {log}.")
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(0)
-
-
-def serve_api(port: int, parent: int) -> None:
-    """Serve Prefect's API on a port of the loopback interface until the parent is gone."""
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    import uvicorn
-
-    uvicorn.run(
-        "prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=port, log_level="error", lifespan="on"
-    )
-
-
-if __name__ == "__main__":
-    serve_api(int(sys.argv[1]), int(sys.argv[2]))

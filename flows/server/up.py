@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,13 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+import psutil
 from rich.console import Console
 
 from flows.running import supervisor
 from flows.running.gpus import Gpu, visible_gpus
 from flows.running.pools import CPU_POOL, CUDA_POOL, online_workers
 from flows.server import deploy
-from flows.server.ephemeral import end, wait_until_healthy
+from flows.server.ephemeral import wait_until_healthy
 from tasks.refs import ConfigError, PipelineError, home
 
 ONLINE_SECONDS = 180
@@ -55,7 +55,7 @@ class Started:
 
     command: tuple[str, ...]
     env: dict[str, str]
-    process: subprocess.Popen[bytes]
+    process: psutil.Popen
     at: float = field(default_factory=time.monotonic)
 
 
@@ -66,15 +66,13 @@ class Processes:
     env: dict[str, str]
     started: dict[str, Started] = field(default_factory=dict[str, Started])
 
-    def start(self, name: str, *command: str, **env: str) -> subprocess.Popen[bytes]:
+    def start(self, name: str, *command: str, **env: str) -> psutil.Popen:
         """`prefect COMMAND` with its output in a log of its own."""
         log = log_of(name)
         log.parent.mkdir(parents=True, exist_ok=True)
-        guarded = [sys.executable, "-m", "flows.running.supervisor", str(os.getpid()), "prefect", *command]
+        guarded = supervisor.guarded("prefect", *command)
         with log.open("ab") as output:
-            process = subprocess.Popen(
-                guarded, stdout=output, stderr=subprocess.STDOUT, env=self.env | env, start_new_session=True
-            )
+            process = psutil.Popen(guarded, stdout=output, stderr=subprocess.STDOUT, env=self.env | env, start_new_session=True)
         self.started[name] = Started(command, env, process)
         return process
 
@@ -86,7 +84,7 @@ class Processes:
             (processes[1:2], WORKER_SECONDS),
             (processes[:1], SERVER_SECONDS),
         ):
-            end(group, seconds)
+            supervisor.end_processes(group, seconds)
 
     def revive(self, console: Console) -> None:
         """Start again what ended by itself.

@@ -1,66 +1,22 @@
-"""The parts of `amazon-ft up` and of deployed runs that need no server: guards, locks, queues, names."""
+"""The parts of `amazon-ft up` that need no server: its port, its workers, what they share, the names of runs."""
 
 from __future__ import annotations
 
 import io
-import os
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import psutil
 import pytest
-from test_doctor import H200, driver
 
 from flows.recipes import load_recipe
-from flows.running.deployed import Unbroken
 from flows.running.gpus import Gpu
 from flows.running.naming import run_name, run_tags, short_digest
 from flows.server import up
-from flows.server.ephemeral import end
 from tasks.refs import PipelineError
 from tests.support.checkout import PROJECT
-
-PARENT = """
-import os, subprocess, sys
-command = [sys.executable, "-m", "flows.running.supervisor", str(os.getpid()), "http.server", "0"]
-child = subprocess.Popen(command, start_new_session=True)
-print(child.pid, flush=True)
-child.wait()
-"""
-TRAINS = """
-import sys, time
-from flows.running.gpus import one_gpu
-import os
-with one_gpu("cuda"):
-    print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
-    time.sleep(float(sys.argv[1]))
-"""
-
-
-def test_guarded_process_ends_with_a_parent_that_is_killed() -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    with parent:
-        assert parent.stdout is not None
-        child = psutil.Process(int(parent.stdout.readline()))
-        parent.send_signal(signal.SIGKILL)
-        parent.wait()
-        child.wait(120)
-    assert not child.is_running()
-
-
-def test_process_that_will_not_end_is_killed_and_waited_for() -> None:
-    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(900)"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as stubborn:
-        assert stubborn.stdout is not None
-        stubborn.stdout.readline()
-        end([stubborn], 0.2)
-        assert stubborn.returncode == -signal.SIGKILL
 
 
 def test_port_in_use_is_said_with_the_ways_out(tmp_path: Path) -> None:
@@ -76,61 +32,6 @@ def test_port_in_use_is_said_with_the_ways_out(tmp_path: Path) -> None:
     said = " ".join(done.stderr.split())
     assert f"up: 127.0.0.1:{port}: Address already in use; expected a free port. Use --port" in said
     assert "Traceback" not in said
-
-
-@contextmanager
-def training(env: dict[str, str], seconds: int) -> Iterator[tuple[subprocess.Popen[str], IO[str], IO[str]]]:
-    """A training of that length on the first free GPU, and what it says: the GPU, and whether it waits for one."""
-    command = [sys.executable, "-c", TRAINS, str(seconds)]
-    with subprocess.Popen(command, cwd=PROJECT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        try:
-            yield process, process.stdout, process.stderr
-        finally:
-            process.kill()
-
-
-def trained(env: dict[str, str]) -> str:
-    """The GPU of a training from its start to its end."""
-    with training(env, 0) as (_, output, _):
-        return output.read()
-
-
-def host(folder: Path, *gpus: str) -> dict[str, str]:
-    """The environment of a host with these GPUs."""
-    env = os.environ | {"PATH": driver(folder / "bin", *gpus), "TMPDIR": str(folder)}
-    env.pop("CUDA_VISIBLE_DEVICES", None)
-    return env
-
-
-def test_two_trainings_take_two_gpus_and_a_third_what_is_free_again(tmp_path: Path) -> None:
-    env = host(tmp_path, H200, H200.replace("0, GPU-1", "1, GPU-2"))
-    with training(env, 900) as (_, output, _):
-        first = output.readline()
-        assert [trained(env), trained(env)] == ["GPU-21111111-2222-3333-4444-555555555555\n"] * 2
-    assert first == trained(env) == "GPU-11111111-2222-3333-4444-555555555555\n"
-
-
-def test_training_waits_for_a_gpu_that_another_holds(tmp_path: Path) -> None:
-    env = host(tmp_path, H200)
-    with training(env, 900) as (holder, output, _):
-        held = output.readline()
-        with training(env, 0) as (waiting, taken, said):
-            assert "another training holds GPU 0" in said.readline()
-            assert waiting.poll() is None
-            holder.kill()
-            assert taken.read() == held
-
-
-def test_stream_to_a_dead_worker_swallows_the_line() -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    stream = Unbroken(os.fdopen(writer, "w"))
-    assert stream.write("lost\n") == 5
-    stream.flush()
-    with pytest.raises(BrokenPipeError):
-        stream.close()
 
 
 def test_run_name_tells_configurations_apart_but_not_where_they_run() -> None:

@@ -1,0 +1,95 @@
+"""No process outlives the one that it works for, and none of them for long what told it to end."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.running.supervisor import end_processes, guarded
+from tests.support.checkout import PROJECT
+
+GUARDED = """
+import subprocess
+from flows.running.supervisor import ALONE, guarded
+child = subprocess.Popen(guarded({alone}"http.server", "0"), start_new_session=True)
+print(child.pid, flush=True)
+child.wait()
+"""
+SERVER = """
+import psutil, time
+from flows.server.ephemeral import prefect_server
+with prefect_server():
+    print(psutil.Process().children()[0].pid, flush=True)
+    time.sleep(900)
+"""
+STUBBORN = """
+import os, signal, subprocess, sys
+if sys.argv[1:] == ["child"]:
+    from flows.running import supervisor
+    supervisor.END_SECONDS = 0.2
+    supervisor._run_alone(os.getppid(), ["stubborn"])
+else:
+    child = subprocess.Popen([sys.executable, __file__, "child"], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    print(child.pid, flush=True)
+    child.wait()
+"""
+WILL_NOT_END = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(900)"
+
+
+def child_of_a_killed_parent(*command: str, **env: str) -> psutil.Process:
+    """The process that a program told of before it was killed."""
+    parent = psutil.Popen(
+        [sys.executable, *command], cwd=PROJECT, env={**psutil.Process().environ(), **env}, stdout=subprocess.PIPE, text=True
+    )
+    with parent:
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        return child
+
+
+@pytest.mark.parametrize("alone", ["", "ALONE, "])
+def test_guarded_process_ends_with_a_parent_that_is_killed(alone: str) -> None:
+    child_of_a_killed_parent("-c", GUARDED.format(alone=alone)).wait(120)
+
+
+def test_prefect_server_ends_with_a_parent_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    server = child_of_a_killed_parent("-c", SERVER, PREFECT_HOME=str(tmp_path / "prefect"))
+    server.wait(120)
+
+
+def test_process_alone_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    program = tmp_path / "parent.py"
+    program.write_text(STUBBORN)
+    (tmp_path / "stubborn.py").write_text(WILL_NOT_END)
+    child_of_a_killed_parent(str(program), PYTHONPATH=f"{PROJECT}:{tmp_path}").wait(120)
+
+
+def test_process_that_will_not_end_is_killed_and_waited_for() -> None:
+    with psutil.Popen([sys.executable, "-c", WILL_NOT_END], stdout=subprocess.PIPE) as stubborn:
+        stubborn.stdout.readline()
+        end_processes([stubborn], 0.2)
+        assert stubborn.returncode == -signal.SIGKILL
+
+
+def test_process_that_is_gone_needs_no_ending() -> None:
+    gone = psutil.Popen(["true"])
+    gone.wait()
+    end_processes([gone], 0.2)
+    assert gone.returncode == 0
+
+
+def test_exit_code_is_the_commands_own_unless_it_was_told_to_end() -> None:
+    assert subprocess.run(guarded("no_such_module"), cwd=PROJECT, stderr=subprocess.DEVNULL, check=False).returncode == 1
+    with psutil.Popen(guarded("http.server", "0"), cwd=PROJECT, stderr=subprocess.DEVNULL) as process:
+        while not process.children():
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(60) == 0
