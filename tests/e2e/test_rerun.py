@@ -137,6 +137,60 @@ def test_comments_docstrings_and_unused_code_rerun_nothing(tiny: Tiny) -> None:
     assert not_cached(tiny.plan()) == []
 
 
+REWORDED = [
+    ("tasks/text/chat_template.py", "unknown placeholder: got", "a placeholder that is none: got"),
+    ("tasks/text/chat_template.py", '(f"template.chat_template: {what}.")', '(f"chat template: {what}!")'),
+    ("tasks/template.py", "template: %s texts, %s to evaluate on", "%s texts are rendered, %s to evaluate on"),
+    ("tasks/training/hardware.py", "Unsloth is not installed: got unsloth", "there is no Unsloth here: got unsloth"),
+    ("tasks/training/trainer.py", "SIGTERM: a checkpoint is written", "Told to end: a checkpoint is written"),
+    ("tasks/training/backend.py", '"""Holds the checkpoints', '"""Where one finds the checkpoints'),
+    ("tasks/training/loading.py", '"""The causal language model', '"""Load the causal language model'),
+    ("tasks/training/inference/scoring.py", "    texts: list[str] = []", "    texts: list[Any] = []"),
+    ("tasks/sample.py", "counts: dict[str, float] = ", "counts = "),
+]
+"""Messages, log lines, docstrings of an attribute and of a function, annotations of locals."""
+
+
+def test_reworded_messages_log_lines_docstrings_and_annotations_of_locals_rerun_nothing(tiny: Tiny) -> None:
+    for file, before, after in REWORDED:
+        tiny.checkout.edit(file, before, after)
+    assert not_cached(tiny.plan()) == []
+
+
+@pytest.mark.parametrize("file", ["tasks/training/checkpoints.py", "tasks/training/memory.py"])
+def test_edited_checkpoints_and_estimates_of_memory_leave_the_baseline_cached(tiny: Tiny, file: str) -> None:
+    tiny.checkout.append(file, "\nADDED = 1\n")
+    steps = tiny.plan()
+    assert not_cached(steps) == ["finetune", "evaluate", "save"]
+    assert steps["evaluate"]["reason"] == "unknown until finetune"
+
+
+@pytest.mark.parametrize(
+    ("code", "got"),
+    [
+        ("from importlib import import_module", "importlib"),
+        ("OTHER = __import__('tasks.pack')", "__import__"),
+        ("import sys; OTHER = sys.modules['tasks.pack']", "sys.modules"),
+        ("exec('OTHER = 1')", "exec"),
+        ("WORDS = open(__file__ + '.txt')", "__file__"),
+        ("from importlib.resources import files", "importlib.resources"),
+        ("from jinja2 import PackageLoader", "jinja2.PackageLoader"),
+        ("WORDS = __doc__", "__doc__"),
+        ("import helpers", "helpers"),
+    ],
+)
+def test_ways_around_the_key_are_refused_by_file_and_line(tiny: Tiny, code: str, got: str) -> None:
+    (tiny.checkout.path / "helpers.py").write_text("")
+    line = 1 + (tiny.checkout.path / "tasks" / "sample.py").read_text().count("\n")
+    tiny.checkout.append("tasks/sample.py", f"def later():\n    {code}\n")
+    result = tiny.checkout.amazon_ft("plan", str(tiny.recipe), check=False, AMAZON_FT_HOME=str(tiny.home))
+    assert result.returncode == 1
+    said = " ".join(result.stderr.split())
+    assert said.startswith(f"tasks/sample.py line {line + 1}: a stage's code ")
+    assert f": got {got}; expected " in said
+    assert "Traceback" not in said
+
+
 def test_edited_prep_stage_with_equal_bytes_leaves_the_training_cached(tiny: Tiny) -> None:
     tiny.checkout.append("tasks/template.py", "\nADDED = 1\n")
     assert not_cached(tiny.ran()) == ["template"]

@@ -89,7 +89,8 @@ def test_keys_are_equal_only_for_equal_inputs(first: object, second: object) -> 
 
 def test_imports_are_followed_and_machinery_is_left_out() -> None:
     found = code_digests(["tasks.sample"])
-    assert set(found) == {"tasks.sample", "tasks", "tasks.tables", "tasks.tables.arrow"}
+    assert {"tasks.sample", "tasks", "tasks.tables", "tasks.tables.arrow"} <= found.keys()
+    assert not [name for name in found if name.startswith(("tasks.caching", "tasks.config", "tasks.refs"))]
 
 
 BACKENDS = set(finetune.BACKENDS.values())

@@ -25,7 +25,7 @@ from tasks.finetune import finetune, load_backend
 from tasks.refs import Adapter, ConfigError, InputError, Model, PipelineError
 from tasks.training import hardware, memory, model_shape
 from tasks.training.checkpoints import checkpoints, step_of
-from tasks.training.inference.scoring import Request, score, score_here
+from tasks.training.inference.scoring import Request, Result, score, score_here
 from tasks.training.loading import load_base
 from tasks.training.unsloth import import_unsloth
 from tasks.training.watch import StepRecord, read_log
@@ -162,7 +162,7 @@ def test_unsloth_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(
     whole = Adapter(**by_unsloth[0]["adapter"])
     work = root / "home" / "work" / finetune.key(inputs(model, tiny_tokens(40), backend="unsloth"))[:32]
     newest, before = checkpoints(work)
-    (newest / "seal.json").unlink()
+    (newest / "manifest.json").unlink()
     (again,) = train_apart(root, model, {})
     resumed = Adapter(**again["adapter"])
     assert step_of(before) == 8
@@ -383,6 +383,20 @@ def test_scoring_first_frees_the_model_of_a_training(
     assert left[0] < trained
 
 
+def test_memory_that_runs_out_in_a_process_of_its_own_is_explained(
+    request_of: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        Path(command[-1]).write_text(Result(out_of_memory="CUDA out of memory").model_dump_json())
+        return subprocess.CompletedProcess(command, 0)
+
+    request = request_of()
+    monkeypatch.setenv("UNSLOTH_IS_PRESENT", "1")
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(PipelineError, match=r"^evaluate: out of memory on cpu: got CUDA out of memory; expected the model and"):
+        score(request)
+
+
 def test_a_scoring_process_that_ends_early_is_an_error(
     request_of: Callable[..., Request], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -441,7 +455,7 @@ def test_on_a_gpu_both_backends_lose_the_same(wide: Model, by_unsloth_on_gpu: di
 def test_on_a_gpu_unsloth_goes_on_from_a_checkpoint(root: Path, wide: Model, by_unsloth_on_gpu: dict[str, Any]) -> None:
     whole = log_of(Adapter(**by_unsloth_on_gpu["adapter"]))
     work = root / "home" / "work" / finetune.key(inputs(wide, tiny_tokens(40), **GPU | {"backend": "unsloth"}))[:32]
-    (checkpoints(work)[0] / "seal.json").unlink()
+    (checkpoints(work)[0] / "manifest.json").unlink()
     (again,) = train_apart(root, wide, GPU)
     resumed = log_of(Adapter(**again["adapter"]))
     assert [record.loss for record in resumed[:8]] == [record.loss for record in whole[:8]]
