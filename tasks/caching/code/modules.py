@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import sysconfig
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from functools import cache, cached_property
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.metadata import packages_distributions
-from importlib.util import find_spec, resolve_name
+from importlib.util import find_spec
 
 from tasks.caching.code.reach import refusals
 from tasks.caching.code.syntax import FIRST_PARTY, Syntax
@@ -26,7 +28,7 @@ class Module:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._syntax = Syntax(_parse(name))
+        self._syntax = Syntax(_parse(_source(name)), name if has_modules(name) else name.rpartition(".")[0])
 
     @cached_property
     def imports(self) -> list[str]:
@@ -59,21 +61,24 @@ def read_module(name: str) -> Module:
     return Module(name)
 
 
-def _parse(module: str) -> ast.Module:
-    """The module's tree, its relative imports made absolute."""
-    tree = _parse_source(_source(module))
-    package = module if has_modules(module) else module.rpartition(".")[0]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            node.module, node.level = resolve_name("." * node.level + (node.module or ""), package), 0
-    return tree
+def _parse(source: str) -> ast.Module:
+    with _without_garbage_collection():
+        for _ in range(PARSE_ATTEMPTS):
+            with suppress(SystemError):
+                return ast.parse(source)
+        return ast.parse(source)
 
 
-def _parse_source(source: str) -> ast.Module:
-    for _ in range(PARSE_ATTEMPTS):
-        with suppress(SystemError):
-            return ast.parse(source)
-    return ast.parse(source)
+@contextmanager
+def _without_garbage_collection() -> Generator[None]:
+    """A tree has no garbage, and looking for some takes longer than parsing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _source(module: str) -> str:

@@ -10,6 +10,7 @@ import ast
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, cached_property
+from importlib.util import resolve_name
 from typing import Any, TypeVar, cast
 
 from tasks import refs
@@ -43,13 +44,16 @@ Node = TypeVar("Node", bound=ast.AST)
 
 
 class Syntax:
-    """The tree of a module in which relative imports were made absolute."""
+    """The tree of a module, and what its names stand for."""
 
-    def __init__(self, tree: ast.Module) -> None:
+    def __init__(self, tree: ast.Module, package: str = "") -> None:
+        """Relative imports, which begin at the package, are made absolute."""
         self._tree = tree
         self._nodes: dict[type[ast.AST], list[Any]] = defaultdict(list)
         for node in _walk(tree):
             self._nodes[type(node)].append(node)
+        for node in self.all(ast.ImportFrom):
+            node.module, node.level = resolve_name("." * node.level + (node.module or ""), package), 0
         self._bound: dict[str, set[str]] = defaultdict(set)
         for name, full in self._bindings():
             self._bound[name].add(full)
