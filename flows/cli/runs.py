@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,7 +40,7 @@ def run(
     check_until(until, chosen)
     last = LastRun()
     try:
-        with observing(last, *([Detached(Bar(err), "the bar", close_seconds=5)] if err.is_terminal else [])):
+        with observing(last, *([Detached(Bar(err), "the bar", close_seconds=5)] if sys.stderr.isatty() else [])):
             saved = _run_flow(chosen, until, debug)
     finally:
         if last.run is not None:
@@ -55,7 +56,7 @@ def _run_flow(recipe: Recipe, until: StageName | None, debug: bool) -> SavedMode
 
     quiet = {} if debug else {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
     os.environ |= {"PREFECT_LOGGING_EXTRA_LOGGERS": "tasks,flows", "DO_NOT_TRACK": "1", **quiet}
-    if not err.is_terminal:  # bars are for those who watch
+    if not sys.stderr.isatty():  # bars are for those who watch
         hide_bars()
     check_root()
     with prefect_server():
