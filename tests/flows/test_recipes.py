@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.pipeline import plan
+from flows.pipeline import plan_run
 from flows.recipes import check_until, load_recipe, shipped_names
 from tasks.refs import ConfigError
 
@@ -79,7 +79,7 @@ def test_a_run_ends_only_with_a_stage_that_it_has() -> None:
 
 @pytest.mark.parametrize("verify", ["full", "size"])
 def test_the_demo_is_planned_on_an_empty_root(verify: str, home: Path) -> None:
-    steps = {step.name: step.state for step in plan(load_recipe("demo", [f"cache.verify={verify}"])).steps}
+    steps = {step.name: step.state for step in plan_run(load_recipe("demo", [f"cache.verify={verify}"])).steps}
     assert (steps["catalogue"], steps["ingest"], steps["save"]) == ("run", "unknown", "unknown")
     assert not (home / "artifacts").exists()
 

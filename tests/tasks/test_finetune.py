@@ -27,7 +27,7 @@ from tasks.training import hardware, memory, model_shape
 from tasks.training.checkpoints import checkpoints, is_last, step_of
 from tasks.training.loading import is_in_4bit, load_base
 from tasks.training.validation import best_step, has_stopped_improving
-from tasks.training.watch import StepRecord, Verdict, read_log
+from tasks.training.watch import DivergenceCheck, StepRecord, read_log
 from tests.support.prepared import rows_of
 from tests.support.tiny import make_tiny_model, publish_rows, tiny_reference, tiny_row, tiny_tokens
 from tests.support.train_tiny import HELD_OUT_ROWS, inputs, train
@@ -167,7 +167,7 @@ def test_divergence_names_the_step_and_its_rows_and_keeps_the_checkpoint(home: P
 
 
 def test_a_gradient_that_is_no_number_ends_the_training_at_its_step() -> None:
-    verdict = Verdict(max_loss=9.0, scaled=False, rows_of=lambda step: [f"row {step}"], kept=lambda: "Nothing kept.")
+    verdict = DivergenceCheck(max_loss=9.0, scaled=False, rows_of=lambda step: [f"row {step}"], kept=lambda: "Nothing kept.")
     steps = [StepRecord(1, 2.0, 1.0, 1e-4, 10), StepRecord(2, math.nan, 1.0, 1e-4, 10), StepRecord(3, 2.0, math.inf, 1e-4, 10)]
     verdict.judge(steps[:1])
     with pytest.raises(

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tasks.caching.stage import Unknown, planning
+from tasks.caching.context import planning
+from tasks.caching.stage import Unknown
 from tasks.config import ModelConfig
 from tasks.model import GGUF, GGUF_SHA256, SMOLLM2, WHEEL, WHEEL_LICENSE, base_model, download, fetch_model, unpack, with_weights
 from tasks.reading.model_files import directory_tokenizer

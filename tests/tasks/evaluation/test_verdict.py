@@ -24,7 +24,7 @@ from tasks.config import EvaluateConfig, PromoteConfig, WeightsConfig
 from tasks.evaluate import evaluate
 from tasks.evaluation.metrics import likelihood
 from tasks.evaluation.verdict import Candidate, Verdict, judge
-from tasks.refs import Adapter, Artifact, Baseline, InputError, Model, SavedModel
+from tasks.refs import Adapter, Artifact, Baseline, HeldOut, InputError, Model, SavedModel
 from tests.support.tiny import make_tiny_model, publish_rows, tiny_reference, tiny_row
 from tests.support.train_tiny import train
 
@@ -205,12 +205,7 @@ def good(root: Path, model: Model) -> Adapter:
 @pytest.fixture(scope="module")
 def saved_with(root: Path, model: Model, good: Adapter) -> Callable[[Callable[[str, Any], Any]], SavedModel]:
     """What a run would save of the good adapter with its weights changed."""
-    asked: dict[str, Any] = {
-        "model": model,
-        "tokenizer": model.tokenizer,
-        "config": EvaluateConfig(generations=0),
-        "device": "cpu",
-    }
+    asked: dict[str, Any] = {"model": model, "config": EvaluateConfig(generations=0), "device": "cpu"}
     asked["weights"] = WeightsConfig(load_in_4bit=False, dtype="float32")
     made: list[Baseline] = []
 
@@ -219,7 +214,8 @@ def saved_with(root: Path, model: Model, good: Adapter) -> Callable[[Callable[[s
         with publish("adapter") as draft:
             save_file(weights, draft / "adapter_model.safetensors", metadata={"format": "pt"})
             shutil.copyfile(good.data / "adapter_config.json", draft / "adapter_config.json")
-        inputs = asked | {"tokens": rows_of(range(200, 212), WHOLE), "texts": turns(), "template": template()}
+        tokens = rows_of(range(200, 212), WHOLE)
+        inputs = asked | {"held_out": HeldOut(tokens=tokens, texts=turns(), template=template(), tokenizer=model.tokenizer)}
         if not made:
             made.append(baseline.execute(inputs))
         adapter = good.model_copy(update={"data": draft.artifact})
