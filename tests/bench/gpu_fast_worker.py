@@ -64,7 +64,7 @@ def profile(model: Path, data: Path, device: str, held: str) -> dict[str, Any]:
         made.add_callback(Profiling())
         return trainer.run_trainer(job, made)
 
-    with patch.object(fast, "run", watched):
+    with patch.object(fast, "run_trainer", watched):
         told = train_ours.time_training(reference(model), data / "packs.arrow", device, held, WARM + PROFILED, 1)
     rows = [
         (event.key, event.self_device_time_total if device == "cuda" else event.self_cpu_time_total, event.count)
