@@ -154,7 +154,8 @@ def make_llama(session: Session) -> None:
 
 def gpu_tests(session: Session, found: dict[str, Any]) -> None:
     """`pytest -m gpu`, of the files that have such tests: others import what a GPU machine may lack."""
-    files = sorted(str(file) for file in Path("tests").glob("test_*.py") if "pytest.mark.gpu" in file.read_text(encoding="utf-8"))
+    tests = (file for room in ("flows", "tasks") for file in Path("tests", room).rglob("test_*.py"))
+    files = sorted(str(file) for file in tests if "pytest.mark.gpu" in file.read_text(encoding="utf-8"))
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "-W", "default", *files]
     environment = session.environment("tests") | {"AMAZON_FT_REQUIRE_UNSLOTH": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)

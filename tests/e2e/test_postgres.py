@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_deployed import (
+
+from tests.e2e.served import Served, serve
+from tests.e2e.test_deployed import (
     finished_run,
     test_artifacts_of_both_runs_are_readable,
     test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint,
@@ -22,8 +24,6 @@ from test_deployed import (
     test_run_completes_and_trains_on_the_cuda_pool,
     test_second_run_is_all_cached_without_a_child,
 )
-
-from tests.e2e.served import Served, serve
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
