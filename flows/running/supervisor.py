@@ -1,7 +1,7 @@
 """Processes that end with the one they work for, however that one ends, and that let flow runs end first.
 
     python -m flows.running.supervisor PID prefect ...         Prefect's command line, until process PID is gone or SIGTERM comes
-    python -m flows.running.supervisor PID alone uvicorn ...   a module's command line in this very process, until PID is gone
+    python -m flows.running.supervisor PID inner uvicorn ...   a module's command line in this very process, until PID is gone
     end_with_worker()                                          in a flow run: a worker that was killed takes its run along
 
 Prefect's process worker kills its flow runs when it is told to end. Here they get SIGTERM and time before the worker does:
@@ -30,7 +30,7 @@ RUN_SECONDS = 40
 """For flow runs to end in."""
 END_SECONDS = 10
 """For Prefect's own process, after them."""
-ALONE = "alone"
+INNER = "inner"
 
 
 class WorkerGone(BaseException):
@@ -85,7 +85,7 @@ def supervise(parent: int, command: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, tell)
     when_parent_is_gone(parent, told.set)
-    process = psutil.Popen(guarded(ALONE, *command), start_new_session=True)
+    process = psutil.Popen(guarded(INNER, *command), start_new_session=True)
     while process.poll() is None:
         if told.wait(LOOK_SECONDS):
             _end_runs_first(process)
@@ -113,7 +113,7 @@ def end_processes(processes: Sequence[psutil.Process], seconds: float) -> None:
     psutil.wait_procs(left, END_SECONDS)
 
 
-def _run_alone(parent: int, command: Sequence[str]) -> None:
+def _run_inner(parent: int, command: Sequence[str]) -> None:
     """Be a module's command line; without the parent it gets SIGTERM, and no more than END_SECONDS."""
 
     def end() -> None:
@@ -127,7 +127,7 @@ def _run_alone(parent: int, command: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[2] == ALONE:
-        _run_alone(int(sys.argv[1]), sys.argv[3:])
+    if sys.argv[2] == INNER:
+        _run_inner(int(sys.argv[1]), sys.argv[3:])
     else:
         sys.exit(supervise(int(sys.argv[1]), sys.argv[2:]))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from flows.running.supervisor import ALONE, end_processes, guarded
+from flows.running.supervisor import INNER, end_processes, guarded
 from tasks.refs import PipelineError, home
 
 START_SECONDS = 180
@@ -46,7 +46,7 @@ def prefect_server() -> Generator[str]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         port = _free_port()
-        command = guarded(ALONE, "uvicorn", *SERVER, "--port", str(port))
+        command = guarded(INNER, "uvicorn", *SERVER, "--port", str(port))
         process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | QUIET)
         os.environ["PREFECT_API_URL"] = url = f"http://127.0.0.1:{port}/api"
         try:

@@ -16,8 +16,8 @@ from tests.support.checkout import PROJECT
 
 GUARDED = """
 import subprocess
-from flows.running.supervisor import ALONE, guarded
-child = subprocess.Popen(guarded({alone}"http.server", "0"), start_new_session=True)
+from flows.running.supervisor import INNER, guarded
+child = subprocess.Popen(guarded({inner}"http.server", "0"), start_new_session=True)
 print(child.pid, flush=True)
 child.wait()
 """
@@ -33,7 +33,7 @@ import os, signal, subprocess, sys
 if sys.argv[1:] == ["child"]:
     from flows.running import supervisor
     supervisor.END_SECONDS = 0.2
-    supervisor._run_alone(os.getppid(), ["stubborn"])
+    supervisor._run_inner(os.getppid(), ["stubborn"])
 else:
     child = subprocess.Popen([sys.executable, __file__, "child"], stdout=subprocess.PIPE)
     child.stdout.readline()
@@ -54,9 +54,9 @@ def child_of_a_killed_parent(*command: str, **env: str) -> psutil.Process:
         return child
 
 
-@pytest.mark.parametrize("alone", ["", "ALONE, "])
-def test_guarded_process_ends_with_a_parent_that_is_killed(alone: str) -> None:
-    child_of_a_killed_parent("-c", GUARDED.format(alone=alone)).wait(120)
+@pytest.mark.parametrize("inner", ["", "INNER, "])
+def test_guarded_process_ends_with_a_parent_that_is_killed(inner: str) -> None:
+    child_of_a_killed_parent("-c", GUARDED.format(inner=inner)).wait(120)
 
 
 def test_prefect_server_ends_with_a_parent_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_prefect_server_ends_with_a_parent_that_is_killed(tmp_path: Path, monkey
     server.wait(120)
 
 
-def test_process_alone_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+def test_inner_process_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     program = tmp_path / "parent.py"
     program.write_text(STUBBORN)
     (tmp_path / "stubborn.py").write_text(WILL_NOT_END)
