@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from contextlib import redirect_stdout
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,19 @@ from tasks.config import SaveConfig
 from tasks.evaluate import evaluate
 from tasks.finetune import finetune
 from tasks.reading.model_files import directory_model
-from tasks.refs import Adapter, Evaluation, InputError, Lineage, Model, SavedModel, Special, StageRecord, Tokenizer
+from tasks.refs import (
+    Adapter,
+    Artifact,
+    Evaluation,
+    HeldOut,
+    InputError,
+    Lineage,
+    Model,
+    SavedModel,
+    Special,
+    StageRecord,
+    Tokenizer,
+)
 from tasks.reporting.model_card import model_card, snippet
 from tasks.save import publish_link, save, seeds
 from tests.support.tiny import BOS
@@ -61,9 +74,12 @@ def test_another_tokenizer_file_saves_anew_and_trains_nothing_anew() -> None:
     keys: dict[str, list[str]] = {}
     for digest in "ab":
         tokenizer = Tokenizer(path="/t", digest=digest, special=Special(bos="<s>", eos="</s>"))
-        inputs = {"model": Model(**model, tokenizer=tokenizer), "tokenizer": tokenizer}
+        rows = Artifact(kind="tokens", digest="t")
+        held_out = HeldOut(tokens=rows, texts=rows, template=rows, tokenizer=tokenizer)
+        inputs = {"model": Model(**model, tokenizer=tokenizer), "tokenizer": tokenizer, "held_out": held_out}
         for stage in (save, baseline, evaluate, finetune):
-            given = {name: inputs.get(name) for name in stage.parameters} | {"config": load_recipe("demo").finetune}
+            given = {name: inputs.get(name) for name in signature(stage.fn).parameters} | {"config": load_recipe("demo").finetune}
+            given |= {"held_out": rows} if stage is finetune else {}
             keys.setdefault(stage.name, []).append(stage.key(given))
     assert {name for name, (one, other) in keys.items() if one == other} == {"finetune"}
 
