@@ -14,10 +14,11 @@ from tasks.catalogue import catalogue
 from tasks.config import IngestConfig, Recipe
 from tasks.evaluate import evaluate
 from tasks.finetune import finetune
-from tasks.ingest import ingest, locate_source
+from tasks.ingest import ingest
 from tasks.join import join
 from tasks.model import base_model
 from tasks.pack import pack
+from tasks.reading.sources import locate_source
 from tasks.refs import Adapter, Evaluation, HeldOut, Prepared, Products, SavedModel, Shards, Source
 from tasks.sample import sample
 from tasks.save import save
@@ -91,6 +92,3 @@ def gather_shards(parts: Sequence[Products]) -> Shards:
         lines=sum(part.lines for part in parts),
         dropped=dict(sum((Counter(part.dropped) for part in parts), Counter[str]())),
     )
-
-
-__all__ = ["Tuned", "gather_shards", "pipeline", "plan_run", "read_products", "tune"]

@@ -187,6 +187,3 @@ def catalogue(config: CatalogueConfig) -> Source:
         size = (draft / FILE).stat().st_size
     path = draft.artifact / FILE
     return Source(files=(SourceFile(url=str(path), digest=digest, size_bytes=size),), artifact=draft.artifact)
-
-
-__all__ = ["Facts", "catalogue", "count_right", "facts", "lines", "states_facts", "title_in"]

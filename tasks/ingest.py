@@ -26,7 +26,6 @@ from tasks.reading.counts import LineCounts, check_kept, check_rejected
 from tasks.reading.distinct import Distinct, Hashes
 from tasks.reading.formats import read_blocks
 from tasks.reading.rows import LineBlock, Reject, product_schema, read_block
-from tasks.reading.sources import locate_source
 from tasks.refs import InputError, Products, Source
 from tasks.tables.arrow import write_table
 from tasks.tables.progress import metered
@@ -109,6 +108,3 @@ def ingest(source: Source, config: IngestConfig) -> Products:
             check_rejected([rejects] if rejects else [], counts.lines, config)
             check_kept(draft.rows, counts.lines, counts.dropped)
     return Products(data=draft.artifact, rejects=rejects, lines=counts.lines, dropped=dict(sorted((+counts.dropped).items())))
-
-
-__all__ = ["ingest", "locate_source"]

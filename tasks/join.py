@@ -80,6 +80,3 @@ def join(shards: Shards, config: IngestConfig) -> Products:
         check_kept(draft.rows, shards.lines, dropped)
     rejects = _join_rejects(shards.rejects)
     return Products(data=draft.artifact, rejects=rejects, lines=shards.lines, dropped=dict(sorted((+dropped).items())))
-
-
-__all__ = ["distinct_tables", "hashed", "join"]

@@ -140,6 +140,3 @@ def pack(tokens: Artifact, config: PackConfig) -> Artifact:
         "pack: %s rows in %s packs of %s tokens, %.2f %% used", f"{len(lengths):,}", f"{draft.rows:,}", config.tokens, 100 * used
     )
     return draft.artifact
-
-
-__all__ = ["fit_best", "join_rows", "order_packs", "pack", "utilisation"]

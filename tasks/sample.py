@@ -168,6 +168,3 @@ def sample(products: Products, config: SampleConfig) -> Split:
     train, evaluation = choose(table, config)
     counts: dict[str, float] = {"products": table.num_rows, "train": len(train), "evaluation": len(evaluation)}
     return Split(train=_publish(table, train), evaluation=_publish(table, evaluation), counts=counts)
-
-
-__all__ = ["choose_after", "choose_before", "draw", "equal_rows", "normalised", "permutation", "sample"]

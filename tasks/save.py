@@ -25,8 +25,9 @@ from uuid import uuid4
 
 import yaml
 
+from tasks.caching.manifest import MANIFEST
 from tasks.caching.stage import stage
-from tasks.caching.store import MANIFEST, publish
+from tasks.caching.store import publish
 from tasks.config import SaveConfig
 from tasks.reading.model_files import TOKENIZER, read_json
 from tasks.refs import Adapter, Artifact, Evaluation, InputError, Lineage, Model, SavedModel, Tokenizer, home
@@ -151,6 +152,3 @@ def publish_link(saved: SavedModel, recipe_name: str, name: str | None = None) -
     draft.symlink_to(os.path.relpath(saved.data.path, link.parent))
     draft.replace(link)
     return link
-
-
-__all__ = ["publish_link", "save"]

@@ -122,6 +122,3 @@ def sharegpt(split: Split, config: SharegptConfig) -> Split:
     logger.info("sharegpt: %s conversations of %s turns, %s to evaluate on",
                 f"{train.rows:,}", config.conversation_extension, f"{evaluation.rows:,}")  # fmt: skip
     return Split(train=train, evaluation=evaluation, counts={"train": train.rows, "evaluation": evaluation.rows})
-
-
-__all__ = ["conversation_lists", "sharegpt", "turn_products", "write_conversations"]

@@ -174,6 +174,3 @@ def template(conversations: Split, special: Special, config: TemplateConfig) -> 
     evaluation = _render(conversations.evaluation, description, config)
     logger.info("template: %s texts, %s to evaluate on", f"{train.rows:,}", f"{evaluation.rows:,}")
     return Texts(train=train, evaluation=evaluation, template=_publish_template(description), preview=_preview(train))
-
-
-__all__ = ["describe_template", "draw_questions", "fill_system", "join_turns", "render_turns", "template", "write_texts"]

@@ -182,6 +182,3 @@ def tokenize(texts: Texts, tokenizer: Tokenizer, config: TokenizeConfig) -> Spli
     evaluation, _ = _tokenize("evaluation rows", texts.evaluation, method)
     logger.info("tokenize: %s rows, %s tokens, %s of them learnt", f"{counts.kept:,}", f"{counts.tokens:,}", f"{counts.learnt:,}")
     return Split(train=train, evaluation=evaluation, counts={**asdict(counts), "evaluation": evaluation.rows})
-
-
-__all__ = ["Method", "choose_method", "tokenize"]

@@ -168,6 +168,3 @@ def _table(measured: list[Measured], rows: int, size: int) -> Table:
         times = (str(found[str(turns)]) if side == "ours" else "" for found in shown.values())
         table.add_row(side, str(turns), *speed, *(f"{peak / 1e9:.2f} GB" for peak in peaks), *times)
     return table
-
-
-__all__ = ["Bench", "Measured", "bench_data", "data_speedups", "machine", "measure_data_side"]

@@ -19,8 +19,9 @@ from pydantic import BaseModel
 
 from flows.recipes import load_recipe
 from tasks.caching.stage import Stage
-from tasks.ingest import ingest, locate_source
+from tasks.ingest import ingest
 from tasks.reading.model_files import directory_tokenizer
+from tasks.reading.sources import locate_source
 from tasks.sample import sample
 from tasks.sharegpt import sharegpt
 from tasks.template import template

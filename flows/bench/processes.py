@@ -87,6 +87,3 @@ def _memory(pid: int) -> dict[str, int]:
 def module(name: str, *arguments: object) -> list[str]:
     """The command that runs a module with this Python."""
     return [sys.executable, "-m", name, *map(str, arguments)]
-
-
-__all__ = ["Cost", "module", "run_process"]

@@ -228,6 +228,3 @@ def make_words() -> Words:
     drawn = np.searchsorted(chances, (np.arange(DRAWS) + 0.5) * (chances[-1] / DRAWS)).astype(np.int32)
     every = [*plain, *REFERENCE_WORDS]
     return Words(pa.array([f"{word} " for word in every]), pa.array(every), len(plain), drawn)
-
-
-__all__ = ["TRUE_ROWS", "make_words", "product_file", "product_lines"]

@@ -154,6 +154,3 @@ def bench_config(held: str, steps: int, windows: int) -> FinetuneConfig:
     total = steps * (windows + 1)
     changes = {"frozen_weights": held, "max_steps": total, "logging_steps": steps, "save_steps": total, "warmup_steps": 2}
     return FinetuneConfig.model_validate(load_recipe("fast").finetune.model_dump() | changes)
-
-
-__all__ = ["bench_config", "bench_train", "device_here", "linear_weights", "matmul_limit", "training_speedups"]

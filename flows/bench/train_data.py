@@ -40,8 +40,9 @@ def make_data(recipe: Recipe, model: Model, directory: Path) -> Path:
     from datasets import Dataset
 
     from tasks.catalogue import catalogue
-    from tasks.ingest import ingest, locate_source
+    from tasks.ingest import ingest
     from tasks.pack import pack
+    from tasks.reading.sources import locate_source
     from tasks.sample import sample
     from tasks.sharegpt import sharegpt
     from tasks.template import template
@@ -69,6 +70,3 @@ def bench_recipe(device: str) -> Recipe:
     products = [f"catalogue.rows={rows}", "catalogue.malformed_lines=0", f"sample.rows={rows // 2}", "sample.eval_rows=0"]
     short = [] if device == "cuda" else ["pack.tokens=512", "tokenize.max_tokens=512", "tokenize.max_affected_share=1"]
     return load_recipe("fast", ["ingest.sources=[]", f"device={device}", *products, *short])
-
-
-__all__ = ["bench_recipe", "make_data", "tiny_model"]

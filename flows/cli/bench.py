@@ -101,6 +101,3 @@ def bench_inputs(model: Path | None, data: Path | None, scratch: Path, device: s
     from flows.bench.train_data import bench_recipe, make_data
 
     return reference, make_data(bench_recipe(device), reference, scratch / "data")
-
-
-__all__ = ["app"]

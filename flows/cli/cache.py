@@ -37,6 +37,3 @@ def cache_gc(
 
     removed = collect(keep_last, parse_age(older_than), dry_run=dry_run)
     tables.print_removed(removed, Console(), dry_run=dry_run)
-
-
-__all__ = ["app"]

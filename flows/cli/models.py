@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import err, hide_bars
+from flows.cli.options import err
 from flows.models.export import Format
+from flows.running.bars import hide_bars
 
 app = typer.Typer()
 
@@ -69,6 +70,3 @@ def serve(
 
 def _tell(text: str) -> None:
     err.print(text, soft_wrap=True, highlight=False, markup=False)
-
-
-__all__ = ["app"]

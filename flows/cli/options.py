@@ -7,8 +7,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flows.running.bars import hide_bars
-
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
 err = Console(stderr=True)
@@ -17,5 +15,3 @@ RecipeName = Annotated[str, typer.Argument(metavar="[RECIPE|FILE]", help="A ship
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value; may be repeated.")]
 AsJson = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show stack traces, and of a run Prefect's own log.")]
-
-__all__ = ["FAILED", "INTERRUPTED", "WRONG_INPUT", "AsJson", "Debug", "Overrides", "RecipeName", "err", "hide_bars"]

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from flows.cli import tables
-from flows.cli.options import AsJson, Debug, Overrides, RecipeName, err, hide_bars
+from flows.cli.options import AsJson, Debug, Overrides, RecipeName, err
 from flows.cli.terminal import Bar, LastRun
 from flows.recipes import StageName, check_until, load_recipe
+from flows.running.bars import hide_bars
 from tasks.caching.context import check_root, observing
 from tasks.caching.events import Detached
 from tasks.refs import SavedModel
@@ -115,6 +116,3 @@ def compare(
         typer.echo(json.dumps(asdict(found), ensure_ascii=False))
     else:
         show_comparison(found, Console())
-
-
-__all__ = ["app"]

@@ -78,6 +78,3 @@ def doctor(recipe: RecipeName = "default", overrides: Overrides = None, as_json:
     else:
         tables.print_findings(found, Console())
     raise typer.Exit(FAILED if any(finding.state == "missing" for finding in found) else 0)
-
-
-__all__ = ["app"]

@@ -58,6 +58,3 @@ class Bar:
             self._task = self._bar.add_task("", total=total)
             self._bar.start()
         self._bar.update(self._task, description=line, completed=done, total=total)
-
-
-__all__ = ["Bar", "LastRun"]

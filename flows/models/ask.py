@@ -73,6 +73,3 @@ def _answer(model: ChatModel, recipe: Recipe, title: str, options: AskOptions, s
             say(f"{name}: ")
         model.answer(prompt, options.question, max_new_tokens=longest, tuned=name == "tuned", say=say)
         say("\n")
-
-
-__all__ = ["AskOptions", "answer_titles", "render_title"]

@@ -19,7 +19,7 @@ import yaml
 
 from flows.models.saved import Saved
 from tasks.caching.files import space_checked
-from tasks.caching.store import MANIFEST
+from tasks.caching.manifest import MANIFEST
 from tasks.reading.model_files import TOKENIZER
 from tasks.refs import ConfigError, InputError, Model, PipelineError
 
@@ -175,6 +175,3 @@ def announce(difference: Difference, out: Path, say: Callable[[str], None]) -> N
     """Where the export lies, and what loading it again showed."""
     say(f"exported: {out}")
     say(f"loaded again: logits differ from the adapter's by at most {difference.max_logit:.3g}, {difference.kl:.2g} nats")
-
-
-__all__ = ["Format", "announce", "card", "export_model", "push_to_hub", "read_token", "sixteen_bits"]

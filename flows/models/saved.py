@@ -99,6 +99,3 @@ def _places(saved: Saved) -> Iterator[Path]:
                 with suppress(InputError):  # a checkpoint that was cut off
                     yield Path(read_json(file)["base_model_name_or_path"])  # PEFT notes what it was given, an absolute path
     yield Path(saved.recipe.model.id).expanduser().absolute()
-
-
-__all__ = ["ADAPTER", "Saved", "find_saved"]

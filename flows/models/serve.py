@@ -74,6 +74,3 @@ def become_server(saved: Saved, port: int, say: Callable[[str], None]) -> None:
     os.chdir(model.parent)
     # All that it needs is here, and what else lies in the Hub's cache is not for its clients.
     os.execve(line[0], line, os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(model.parent), "DO_NOT_TRACK": "1"})
-
-
-__all__ = ["become_server", "check_server", "command", "merged_copy"]

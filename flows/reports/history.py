@@ -170,6 +170,3 @@ def _digests(outputs: Sequence[str]) -> str:
 def _short(value: Any) -> str:
     text = f"{value:.5g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-__all__ = ["Comparison", "compare_runs", "find_run", "first_difference", "listing", "show_comparison", "show_runs", "state"]

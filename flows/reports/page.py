@@ -239,6 +239,3 @@ def _digests(saved: SavedModel, lineage: Mapping[str, Any]) -> dict[str, str]:
 def _plain(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Resolved settings of the training, but for versions, which the lineage has."""
     return {f"training: {key.replace('_', ' ')}": value for key, value in flat(resolved).items() if "versions." not in key}
-
-
-__all__ = ["render", "report_path", "write_report"]

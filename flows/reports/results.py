@@ -142,6 +142,3 @@ def flat(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 def _file(value: Evaluation | None, name: str) -> Path | None:
     return value.data / name if value is not None else None
-
-
-__all__ = ["Results", "Row", "flat", "marked_rows", "read_lines", "read_optional_json", "row_lengths"]

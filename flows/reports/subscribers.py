@@ -30,6 +30,3 @@ def subscribers(recipe: Recipe, run: str | None = None) -> tuple[Observer, ...]:
         tracking = Tracking(recipe, run)
         found.append(Detached(tracking, recipe.tracking.report_to, close_seconds=TRACKER_SECONDS, newest=(RowsPassed,)))
     return tuple(found)
-
-
-__all__ = ["subscribers"]

@@ -290,6 +290,3 @@ def place_of(tracker: str) -> Path:
 
 def _digests(outcome: Outcome) -> dict[str, str]:
     return {f"digest.{name}": digest for name, digest in outcome.digests.items()}
-
-
-__all__ = ["TRACKERS", "Outcome", "TrackedRun", "Tracker", "Tracking", "check_tracking", "gather", "place_of", "step_figures"]

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from flows.reports.results import marked_rows, read_lines, read_optional_json, row_lengths
 from flows.running.naming import run_name, run_tags
 from tasks.caching.events import Event, ModelSaved, Noticed, RunBegan, RunEnded, StageEnded, StepsLogged
-from tasks.caching.store import MANIFEST
+from tasks.caching.manifest import MANIFEST
 from tasks.config import Recipe
 from tasks.refs import Adapter, Artifact, Evaluation, Products, Source, Split, Tokenizer
 from tasks.reporting import markdown
@@ -146,6 +146,3 @@ def _trained(adapter: Adapter) -> str:
 def _evaluation(value: Evaluation) -> str:
     metrics, said = read_optional_json(value.data / "metrics.json"), read_lines(value.data / "generations.jsonl")
     return markdown.answers_compared(comparison_table(metrics), said[:SHOWN_ANSWERS])
-
-
-__all__ = ["Artifacts"]

@@ -12,6 +12,3 @@ def hide_bars() -> None:
     """Keep bars out of what this process and those it starts print; before the libraries are imported, which look once."""
     for name in SWITCHES:
         os.environ.setdefault(name, "1")
-
-
-__all__ = ["SWITCHES", "hide_bars"]

@@ -149,6 +149,3 @@ def _cancel(run: UUID) -> None:
                 client.set_flow_run_state(run, Cancelling(message="The parent flow run ended first."))
     except httpx.HTTPError:
         logger.warning("amazon-ft-train could not be cancelled: the server does not answer.", exc_info=True)
-
-
-__all__ = ["ChildError", "run_child"]

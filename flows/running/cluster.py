@@ -32,6 +32,3 @@ def task_runner() -> TaskRunner[Any]:
             f"{CLUSTER}: no package for it: got {address}; expected prefect-dask. Install amazon-ft[dask] or unset it."
         ) from error
     return DaskTaskRunner(address=address)
-
-
-__all__ = ["task_runner"]

@@ -44,6 +44,3 @@ def _is_cached(recipe: Recipe, prepared: Prepared) -> bool:
     with planning(recipe.name) as planned, suppress(StageReached):
         tune(recipe, prepared)
     return planned.is_cached
-
-
-__all__ = ["dispatch"]

@@ -195,6 +195,3 @@ def _server(_recipe: Recipe) -> Iterator[Finding]:
             if online
             else Finding(f"pool {pool}", "missing", "no worker online", f"amazon-ft deploy, then amazon-ft worker {pool}")
         )
-
-
-__all__ = ["Finding", "examine"]

@@ -96,6 +96,3 @@ def _lock_of(gpu: Gpu) -> UnixFileLock:
     """One that every user of the host may take, whatever the umask of the first."""
     path = Path(tempfile.gettempdir()) / f"amazon-ft-{gpu.uuid}.lock"
     return UnixFileLock(path, mode=0o666, fallback_to_soft=False)
-
-
-__all__ = ["Gpu", "list_gpus", "one_gpu", "visible_gpus"]

@@ -34,6 +34,3 @@ def recipe_name() -> str:
     parameters: dict[str, Any] = flow_run.parameters
     settings: Any = parameters.get("config") or parameters.get("recipe")
     return settings.name if isinstance(settings, Recipe) else str(settings.get("name", "amazon-ft"))
-
-
-__all__ = ["recipe_name", "run_name", "run_tags", "short_digest"]

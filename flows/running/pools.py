@@ -23,6 +23,3 @@ def online_workers(pool: str) -> list[str]:
             if error.response.status_code != 404:
                 raise
             return []
-
-
-__all__ = ["CPU_POOL", "CUDA_POOL", "TRAINING", "online_workers"]

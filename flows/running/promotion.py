@@ -50,6 +50,3 @@ def _candidate(path: Path) -> Candidate:
         tokenizer=lineage["base_model"]["tokenizer"],
         metrics=metrics,
     )
-
-
-__all__ = ["promote"]

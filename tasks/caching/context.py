@@ -154,6 +154,3 @@ def check_root() -> None:
         if os.access(home(), os.W_OK | os.X_OK):
             return
     raise InputError(f"AMAZON_FT_HOME: {home()}: {reason}; expected a directory to write to. Name another one.")
-
-
-__all__ = ["Context", "Engine", "check_root", "context", "observing", "open_run", "planning", "tell", "within"]

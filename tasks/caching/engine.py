@@ -106,6 +106,3 @@ def _is_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bo
     except Exception as error:
         return isinstance(error, TRANSIENT)
     return False
-
-
-__all__ = ["PrefectEngine", "RecordSerializer"]

@@ -173,19 +173,3 @@ class Detached:
                 told = f"{self._name} could not be told of this run ({type(error).__name__}: {error}); the run goes on."
                 logger.warning(told, exc_info=logger.isEnabledFor(logging.DEBUG))
             self._failed = True
-
-
-__all__ = [
-    "Detached",
-    "Event",
-    "ModelSaved",
-    "Noticed",
-    "Observer",
-    "RowsPassed",
-    "RunBegan",
-    "RunEnded",
-    "StageBegan",
-    "StageEnded",
-    "StepsLogged",
-    "TrainingLeft",
-]

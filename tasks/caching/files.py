@@ -129,15 +129,3 @@ def _no_space(path: Path, need_bytes: int, free_bytes: int) -> str:
         f"{path}: no space left on the device: needs at least {need_bytes:,} bytes, {free_bytes:,} were free. "
         f"Free some space (amazon-ft cache gc) or move AMAZON_FT_HOME ({home()}) and run again; finished stages are kept."
     )
-
-
-__all__ = [
-    "directory_digest",
-    "file_digest",
-    "memo_file",
-    "space_checked",
-    "sync_directory",
-    "text_digest",
-    "write_atomic",
-    "write_synced",
-]

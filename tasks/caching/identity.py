@@ -103,6 +103,3 @@ def _modules(roots: Iterable[str], alternatives: Collection[str]) -> list[Module
 
 def _is_below(module: str, others: Iterable[str]) -> bool:
     return any(module == other or module.startswith(f"{other}.") for other in others)
-
-
-__all__ = ["FORMAT_VERSION", "canonical", "code_digests", "counted_fields", "remember_code", "stage_key"]

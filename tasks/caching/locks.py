@@ -74,6 +74,3 @@ def _holder_of(lock: Path) -> str:
         return lock.read_text(errors="replace") or "another process"
     except FileNotFoundError:
         return "another process"
-
-
-__all__ = ["Timeout", "is_locked", "locked", "mutex", "work_directory"]

@@ -95,6 +95,3 @@ def _damage_of(file: Path, written: Listed, digests: bool) -> str:
     except OSError:
         return "missing"
     return "" if intact else "corrupt"
-
-
-__all__ = ["MANIFEST", "Damage", "Listed", "Manifest", "find_damage", "write_manifest"]

@@ -96,6 +96,3 @@ def _short(value: Any) -> str:
     if isinstance(value, str) and len(value) == 64 and not set(value) - set("0123456789abcdef"):
         return value[:8]
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-__all__ = ["Plan", "Step", "Unknown", "changes", "code_changes", "last_entry"]

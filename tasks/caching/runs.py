@@ -52,6 +52,3 @@ def past_runs() -> list[dict[str, Any]]:
         with suppress(ValueError, OSError):
             runs.append({"until": None, "child": False, **json.loads(file.read_text(encoding="utf-8"))})
     return sorted(runs, key=lambda run: float(run["started"]), reverse=True)
-
-
-__all__ = ["Run", "past_runs"]

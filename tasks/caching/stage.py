@@ -314,6 +314,3 @@ def _unknown(values: Iterable[Any]) -> str | None:
 def _main(value: BaseModel) -> Artifact:
     """The first artifact of a result: the one whose rows and digest stand for it."""
     return next(artifacts_of(value), Artifact(kind="none", digest=""))
-
-
-__all__ = ["Call", "Made", "Stage", "StageReached", "current_key", "lineage", "stage"]

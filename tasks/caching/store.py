@@ -28,7 +28,7 @@ from pydantic import BaseModel
 from tasks.caching.context import context
 from tasks.caching.files import space_checked, sync_directory
 from tasks.caching.locks import locked, mutex
-from tasks.caching.manifest import MANIFEST, find_damage, write_manifest
+from tasks.caching.manifest import find_damage, write_manifest
 from tasks.config import Verify
 from tasks.refs import Artifact, home
 
@@ -146,6 +146,3 @@ def verify(artifact: Artifact, how: Verify = "full") -> None:
     """
     if damage := find_damage(artifact.path, expected=artifact.digest, digests=how == "full"):
         raise Missing(f"output {damage.how}: {(artifact.path / damage.name).relative_to(home())}")
-
-
-__all__ = ["MANIFEST", "Draft", "Missing", "artifacts_of", "check", "publish", "use", "verify"]

@@ -158,9 +158,3 @@ def _read(path: Path, *columns: str) -> list[dict[str, Any]]:
 
     with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
         return reader.read_all().select(columns).to_pylist()
-
-
-__all__ = [
-    "NOTHING", "SAID", "Prompt", "Questions", "Said", "choose_rows", "collect_answers", "per_token", "read_questions",
-    "render_prompt",
-]  # fmt: skip

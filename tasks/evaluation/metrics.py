@@ -190,17 +190,3 @@ def _runs(words: Sequence[str]) -> list[tuple[str, ...]]:
 
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
-
-
-__all__ = [
-    "DIGITS",
-    "copied",
-    "difference",
-    "length_buckets",
-    "length_ratio",
-    "likelihood",
-    "mean",
-    "repetition",
-    "resampled_means",
-    "text_scores",
-]

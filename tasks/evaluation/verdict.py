@@ -126,6 +126,3 @@ def _rows(model: Candidate) -> list[tuple[tuple[str, ...], int]]:
 
 def _sorted_rows(model: Candidate) -> list[Mapping[str, Any]]:
     return sorted(model.metrics.get("per_row", []), key=lambda row: (row["uids"], row["tokens"], row["base_nll"]))
-
-
-__all__ = ["Candidate", "Verdict", "judge"]

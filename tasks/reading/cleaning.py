@@ -102,6 +102,3 @@ def _put(texts: pl.Series, held: pl.Series, new: pl.Series) -> pl.Series:
     rows = np.arange(len(texts))
     rows[held.to_numpy()] = np.arange(len(texts), len(texts) + len(new))
     return pl.concat([texts, new]).gather(rows).alias(texts.name)
-
-
-__all__ = ["clean", "decode_c1", "decode_references", "drop_empty", "hash_texts"]

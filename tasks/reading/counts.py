@@ -95,6 +95,3 @@ def _entries(rejects: Iterable[Artifact]) -> Iterable[dict[str, str]]:
     for artifact in rejects:
         with (artifact / REJECTS).open(encoding="utf-8") as file:
             yield from map(json.loads, file)
-
-
-__all__ = ["REJECTS", "LineCounts", "check_kept", "check_rejected"]

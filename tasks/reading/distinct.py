@@ -98,6 +98,3 @@ def _contains(run: Hashes, members: Hashes) -> Flags:
         if not (same & ~found).any():
             return found
         at = at + (same & ~found)
-
-
-__all__ = ["Distinct", "Hashes"]

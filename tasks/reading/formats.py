@@ -209,6 +209,3 @@ def _damage_named(path: Path) -> Generator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise InputError(f"{path.name}: damaged: got {error}; expected a whole archive. Fetch the file again.") from error
-
-
-__all__ = ["ByteStream", "Limited", "cut_blocks", "read_blocks"]

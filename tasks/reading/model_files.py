@@ -107,6 +107,3 @@ def _names(path: Path, patterns: tuple[str, ...]) -> list[str]:
 def _listed(path: Path) -> str:
     names = sorted(item.name for item in path.iterdir())
     return f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" or "an empty directory"
-
-
-__all__ = ["TOKENIZER", "WEIGHTS", "directory_model", "directory_tokenizer", "read_json", "read_special"]

@@ -225,6 +225,3 @@ def _numbered(table: pa.Table, prefix: str, first_line: int) -> pa.Table:
     numbers = pa.array(range(first_line, first_line + table.num_rows)).cast(pa.string())
     uids = compute.call_function("binary_join_element_wise", [pa.scalar(prefix), numbers, ""])
     return table.set_column(0, "uid", compute.call_function("coalesce", [table["uid"], uids]))
-
-
-__all__ = ["LineBlock", "ParsedBlock", "Reject", "product_schema", "read_block", "read_strict"]

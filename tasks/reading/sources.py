@@ -97,6 +97,3 @@ def _download(folder: Path, files: dict[str, object]) -> None:
                 draft.replace(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-__all__ = ["locate_source"]

@@ -199,19 +199,3 @@ def _cell(value: object) -> str:
     """Text that can't end its cell or start markup of its own."""
     text = str(value).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;")
     return " ".join(text.split())
-
-
-__all__ = [
-    "answers_compared",
-    "curve",
-    "marked_text",
-    "model_files",
-    "number",
-    "pieces",
-    "source_profile",
-    "stages_table",
-    "table",
-    "token_lengths",
-    "training_curve",
-    "verdict_lines",
-]

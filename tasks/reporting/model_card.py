@@ -165,6 +165,3 @@ def _base(model: Model) -> str:
     if model.digest.startswith("hub:"):
         return repr(model.name)
     return f"{model.name!r}  # the directory of the base model that it was trained on"
-
-
-__all__ = ["comparison_table", "example_prompt", "index", "metadata", "model_card", "snippet"]

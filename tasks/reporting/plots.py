@@ -110,6 +110,3 @@ def _svg(draw: Any, across: str, up: str) -> str:
         axes.locator_params(axis="x", integer=True, nbins=7)
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         return text.getvalue()[text.getvalue().index("<svg") :]
-
-
-__all__ = ["GREY", "Points", "bins", "curves", "histogram", "thinned"]

@@ -149,9 +149,3 @@ def row_lists(values: pa.Array, width: int) -> pa.ListArray:
 
     offsets = np.arange(0, len(values) + 1, width, dtype=np.int32)
     return pa.ListArray.from_arrays(offsets, values)
-
-
-__all__ = [
-    "BATCH_BYTES", "BATCH_ROWS", "Gather", "Rows", "batch_ranges", "bounded_ranges", "list_lengths", "list_sums", "one_batch",
-    "read_table", "row_lists", "text_bytes", "write_table",
-]  # fmt: skip

@@ -49,6 +49,3 @@ def counted(stage: str, batches: Iterable[pa.RecordBatch], total: int) -> Iterat
             yield batch
             rows += batch.num_rows
             count(rows, rows / max(total, 1))
-
-
-__all__ = ["REPORT_SECONDS", "Meter", "counted", "metered"]

@@ -77,6 +77,3 @@ def _joined(tables: list[pa.Table]) -> pa.RecordBatch:
     import pyarrow as pa
 
     return one_batch(pa.concat_tables([*tables, tables[0].slice(0, 0)]))
-
-
-__all__ = ["fixed_batches", "in_order"]

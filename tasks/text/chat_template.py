@@ -191,6 +191,3 @@ def _quoted(text: str) -> str:
     """A Jinja string; its lexer would turn a bare carriage return into a newline."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace('"', '\\"').replace("\r", "\\r")
     return f"'{escaped}'"
-
-
-__all__ = ["INPUT", "OUTPUT", "QUESTION", "SYSTEM", "ChatTemplate", "parse_template", "to_jinja"]

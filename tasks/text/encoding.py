@@ -145,8 +145,3 @@ def token_bytes(backend: Backend) -> Ids | None:
 def described(part: Any) -> dict[str, Any]:
     """A part of a tokenizer as it stands in tokenizer.json."""
     return {} if part is None else json.loads(part.__getstate__())
-
-
-__all__ = [
-    "BatchEncoder", "Encoded", "Ids", "described", "from_ids", "load_tokenizer_json", "special_id", "to_ids", "token_bytes",
-]  # fmt: skip

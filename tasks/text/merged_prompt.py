@@ -113,6 +113,3 @@ def merge_columns(products: pa.RecordBatch, blocks: Sequence[PromptBlock]) -> pa
 
     anchor = pa.repeat("", products.num_rows)  # gives a prompt without any column its length
     return pc.binary_join_element_wise(anchor, *map(render, blocks), "")
-
-
-__all__ = ["Column", "PromptBlock", "merge_columns", "parse_merged_prompt"]

@@ -150,6 +150,3 @@ def check_counts(name: str, counts: RowCounts, config: TokenizeConfig) -> None:
             "(tokenize.max_affected_share). Raise tokenize.max_tokens, set on_overlength=truncate, or raise the share."
         )
     logger.warning("%s: %s", name, what)
-
-
-__all__ = ["RowCounts", "check_counts", "check_ends", "count_bos", "fit", "shorten"]

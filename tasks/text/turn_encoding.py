@@ -182,6 +182,3 @@ def _texts_with_spans(turns: pa.RecordBatch, width: int, template: Template) -> 
 
 def _in_spans(offsets: NDArray[np.int64], spans: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
     return np.any([(offsets[:, 1] > start) & (offsets[:, 0] < end) for start, end in spans], axis=0)
-
-
-__all__ = ["Bodies", "TurnEncoder", "choose_encoder", "encode_whole", "refuse_specials", "without_specials"]

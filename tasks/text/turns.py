@@ -140,6 +140,3 @@ def _segments(pieces: Sequence[str | Field | int]) -> list[Segment | int]:
         else:
             segments.append(Segment((piece,)))
     return segments
-
-
-__all__ = ["Field", "Segment", "Template", "TurnShape", "find_cut", "find_shape", "special_pattern"]

@@ -197,6 +197,3 @@ def _splits_alike(encoder: WordEncoder) -> bool:
     words, counts = encoder.split(pl.Series(probes))
     theirs = [probe[start:end] for probe in probes for _, (start, end) in pre_tokenizer.pre_tokenize_str(probe)]
     return words.to_list() == theirs and int(counts.sum()) == len(theirs)
-
-
-__all__ = ["WordEncoder", "make_encoder"]

@@ -15,6 +15,3 @@ def is_out_of_memory(error: Exception) -> bool:
 def first_line(error: Exception) -> str:
     """The first line of an error; its name if it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-__all__ = ["first_line", "is_out_of_memory"]

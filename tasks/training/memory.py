@@ -97,6 +97,3 @@ def training_errors_explained(job: Job) -> Generator[None]:
             f"finetune: out of memory on {job.resolved.device_name}: got {first_line(error)}; expected the training to fit. "
             f"{memory_advice(job.config)} {describe_kept(job.work)}"
         ) from error
-
-
-__all__ = ["check_memory", "estimate_gib", "memory_advice", "training_errors_explained"]

@@ -48,6 +48,3 @@ def read_shape(model: Path) -> ModelShape | None:
         )
     except KeyError:
         return None
-
-
-__all__ = ["ModelShape", "read_shape"]

@@ -235,16 +235,3 @@ def prints_to_stderr() -> Generator[None]:
     """Keep standard output for the one who called: some libraries greet on it."""
     with redirect_stdout(sys.stderr):
         yield
-
-
-__all__ = [
-    "make_sft_trainer",
-    "on_one_gpu",
-    "planned_steps",
-    "prints_to_stderr",
-    "read_rows",
-    "rows_of_step",
-    "run_trainer",
-    "sft_arguments",
-    "train_with_trl",
-]

@@ -75,6 +75,3 @@ def import_unsloth() -> Any:
             "2026.10.9, which trains on a CPU too. Install that, or set finetune.backend=hf finetune.gradient_checkpointing=full."
         ) from error
     return unsloth
-
-
-__all__ = ["UnslothBackend", "attach_unsloth_adapter", "import_unsloth", "load"]

@@ -64,6 +64,3 @@ def has_stopped_improving(records: Iterable[StepRecord], patience: int | None) -
 def _worth(record: StepRecord) -> float:
     loss = record.held_out_loss
     return loss if loss is not None and loss == loss else float("inf")  # NaN is worse than any number
-
-
-__all__ = ["ValidationLoss", "best_step", "has_stopped_improving"]

@@ -95,8 +95,9 @@ def numbered(products: Path, target: Path) -> tuple[Path, Path]:
 
 def small_arm(recipe: Recipe, train: Path, judged: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """An arm's training rows, and the judged products' prompts and answers as it writes them."""
-    from tasks.ingest import ingest, locate_source
+    from tasks.ingest import ingest
     from tasks.pack import pack
+    from tasks.reading.sources import locate_source
     from tasks.sample import sample
     from tasks.sharegpt import sharegpt
     from tasks.template import template

@@ -8,8 +8,9 @@ from typing import Any
 
 from flows.recipes import load_recipe
 from tasks.caching.stage import Stage
-from tasks.ingest import ingest, locate_source
+from tasks.ingest import ingest
 from tasks.model import base_model
+from tasks.reading.sources import locate_source
 from tasks.sample import sample
 from tasks.sharegpt import sharegpt
 from tasks.template import template

@@ -14,7 +14,7 @@ from flows.running.cluster import task_runner
 from tasks.caching.context import open_run
 from tasks.caching.engine import PrefectEngine
 from tasks.caching.stage import StageReached
-from tasks.ingest import locate_source
+from tasks.reading.sources import locate_source
 
 
 @flow(task_runner=task_runner())

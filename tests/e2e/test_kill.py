@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from flows.running.garbage import collect
-from tasks.caching import store
+from tasks.caching.manifest import MANIFEST
 from tests.e2e.tiny_runs import Tiny
 from tests.support.checkout import PROJECT
 
-TELLS_OF_THE_RUN = (store.MANIFEST, "README.md", "lineage.json", "recipe.yaml")
+TELLS_OF_THE_RUN = (MANIFEST, "README.md", "lineage.json", "recipe.yaml")
 PROGRAM = Path(__file__).with_name("data_stages.py")
 LINGER = """    import os
     import time

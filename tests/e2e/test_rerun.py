@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tasks.caching import store
+from tasks.caching.manifest import MANIFEST
 from tasks.refs import Artifact
 from tests.e2e.tiny_runs import Tiny
 
@@ -231,7 +232,7 @@ def finished_outputs(tiny: Tiny) -> dict[str, Path]:
     entries = tiny.ran()
     return {
         name: max(
-            (file for file in (tiny.home / entry["path"]).iterdir() if file.name != store.MANIFEST),
+            (file for file in (tiny.home / entry["path"]).iterdir() if file.name != MANIFEST),
             key=lambda f: f.stat().st_size,
         )
         for name, entry in entries.items()
@@ -275,7 +276,7 @@ def test_two_hundred_flipped_bytes_are_two_hundred_found(tiny: Tiny, monkeypatch
 def full_digest(path: Path) -> str:
     import hashlib
 
-    return hashlib.sha256((path / store.MANIFEST).read_bytes()).hexdigest()
+    return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
 
 
 def flip_is_found(artifact: Artifact, file: Path, generator: random.Random) -> bool:

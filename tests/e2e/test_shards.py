@@ -16,7 +16,8 @@ from flows.pipeline import read_products
 from tasks.caching.context import planning
 from tasks.catalogue import lines
 from tasks.config import CatalogueConfig, IngestConfig
-from tasks.ingest import ingest, locate_source
+from tasks.ingest import ingest
+from tasks.reading.sources import locate_source
 
 READ = Path(__file__).parent / "shard_stages.py"
 FIVE = 5

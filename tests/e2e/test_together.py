@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from tasks.caching import store
+from tasks.caching.manifest import MANIFEST
 from tasks.refs import Artifact
 from tests.e2e.tiny_runs import Tiny
 
@@ -36,7 +37,7 @@ def ends(process: subprocess.Popen[str]) -> tuple[dict[str, str], str]:
 def all_intact(home: Path, monkeypatch) -> bool:
     monkeypatch.setenv("AMAZON_FT_HOME", str(home))
     for path in (home / "artifacts").glob("*/*"):
-        digest = hashlib.sha256((path / store.MANIFEST).read_bytes()).hexdigest()
+        digest = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
         store.verify(Artifact(kind=path.parent.name, digest=digest))
     return not [*(home / "drafts").glob("*")]
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from flows.bench.products import product_lines
 from tasks.config import IngestConfig
-from tasks.ingest import ingest, locate_source
+from tasks.ingest import ingest
+from tasks.reading.sources import locate_source
 from tasks.refs import InputError, Products
 from tests.support import fuzz, reference
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from flows.pipeline import gather_shards
 from flows.running.cluster import CLUSTER, task_runner
 from tasks.config import IngestConfig
-from tasks.ingest import ingest, locate_source
+from tasks.ingest import ingest
 from tasks.join import join
+from tasks.reading.sources import locate_source
 from tasks.refs import ConfigError, InputError, Products, Source
 from tests.tasks.test_ingest import BAD, LINES, ROWS, rejects, rows
 

@@ -113,6 +113,3 @@ def _is_stranger(top: str) -> bool:
     spec = PathFinder.find_spec(top) if top not in FIRST_PARTY else None
     places = [place for place in (spec.origin, *(spec.submodule_search_locations or ())) if place] if spec else []
     return not all(place.startswith(INSTALLED) for place in places) and top not in packages_distributions()
-
-
-__all__ = ["Module", "find_module", "has_modules", "read_module"]

@@ -124,6 +124,3 @@ def _may_catch(syntax: Syntax, kind: ast.expr | None) -> bool:
     kinds = kind.elts if isinstance(kind, ast.Tuple) else [kind] if kind else []
     caught = {full for one in kinds for full in syntax.meanings(one)} - OTHER_ERRORS
     return any(full[0] in "<?" or full.split(".")[0] in FIRST_PARTY for full in caught)
-
-
-__all__ = ["Refusal", "refusals"]

@@ -225,6 +225,3 @@ def _without_annotation(node: ast.AnnAssign) -> ast.stmt:
     if node.value is None:
         return ast.AnnAssign(target=node.target, annotation=ast.Constant(value=None), simple=node.simple)
     return ast.Assign(targets=[node.target], value=node.value)
-
-
-__all__ = ["BUILTIN", "FIRST_PARTY", "Syntax"]

@@ -139,6 +139,3 @@ def _rope(config: Any) -> dict[str, Any]:
 
 def _head_size(config: Any) -> int:
     return config.head_dim or config.hidden_size // config.num_attention_heads
-
-
-__all__ = ["check_exportable", "interleaved", "pre_tokenizer", "tensors", "write_gguf"]

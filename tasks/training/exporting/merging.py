@@ -106,6 +106,3 @@ def check_copy(wanted: Path, got: Path, base: Model, dtype: str) -> Difference:
             f"export {got}: the copy does not answer as the adapter: logits differ by {difference.max_logit:.3g}."
         )
     return difference
-
-
-__all__ = ["Difference", "Merged", "check_copy", "check_loaded", "compare_logits", "logits", "merge"]

@@ -78,5 +78,3 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 flash.register_autograd(_backward, setup_context=_keep)
-
-__all__ = ["attend", "flash"]

@@ -139,8 +139,3 @@ def round_up(size: int, step: int) -> int:
     8192
     """
     return -(-size // step) * step
-
-
-__all__ = [
-    "FastBackend", "collator", "fast_arguments", "gpu_collator", "make_packed_trainer", "max_lengths", "packed_llama", "round_up",
-]  # fmt: skip

@@ -217,5 +217,3 @@ def _unpack(packed: Tensor, scales: Tensor, x: Tensor, b: Tensor) -> Tensor:
 
 FREEZE = {"plain": freeze_plain, "fp8": freeze_fp8, "fp8-backward": freeze_fp8_backward}
 """{kind: a function of W and a rank}; nf4 takes what bitsandbytes has packed."""
-
-__all__ = ["FREEZE", "NF4_BLOCK", "Kind", "adapter_matrices", "apply", "freeze_nf4", "padded_rank", "refresh"]

@@ -63,6 +63,3 @@ def _of_slice(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) ->
 @cache
 def _slice_function(compiled: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(_of_slice, dynamic=False) if compiled else _of_slice
-
-
-__all__ = ["IGNORED", "SLICE", "linear_loss"]

@@ -130,6 +130,3 @@ def compute_capability(device: str) -> tuple[int, int]:
     import torch
 
     return torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
-
-
-__all__ = ["FP8_CAPABILITY", "check_supported", "choose", "compute_capability", "is_fp8", "ways"]

@@ -264,16 +264,3 @@ def _split(tokens: int, longest: int) -> list[int]:
     [3, 3, 1]
     """
     return [min(longest, tokens - start) for start in range(0, tokens, longest)]
-
-
-__all__ = [
-    "Collator",
-    "LayerConfig",
-    "PackedLlama",
-    "block",
-    "fuse_linears",
-    "lora_scaling",
-    "refresh_layer",
-    "rms_norm",
-    "rotate",
-]

@@ -76,6 +76,3 @@ def _streamer(tokenizer: Any, say: Callable[[str], None]) -> Any:
             say(text)
 
     return Said(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-__all__ = ["ChatModel", "load_chat_model"]

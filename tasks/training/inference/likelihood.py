@@ -67,6 +67,3 @@ def _padded(rows: Ids, value: int, device: str) -> Any:
 
     longest = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], device=device)
-
-
-__all__ = ["batches", "labelled_tokens", "row_nll"]

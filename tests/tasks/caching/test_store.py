@@ -16,6 +16,7 @@ import pytest
 
 from tasks.caching import files, locks, runs, store
 from tasks.caching.context import open_run
+from tasks.caching.manifest import MANIFEST
 from tasks.caching.store import Missing
 from tasks.refs import Artifact, InputError, NoSpaceError
 
@@ -81,7 +82,7 @@ def test_missing_directory_is_named() -> None:
         store.verify(Artifact(kind="products", digest="0000"))
 
 
-@pytest.mark.parametrize("file", ["rows.txt", "nested/more.txt", store.MANIFEST])
+@pytest.mark.parametrize("file", ["rows.txt", "nested/more.txt", MANIFEST])
 def test_truncated_file_is_found(file: str) -> None:
     artifact = published()
     os.truncate(artifact / file, 1)
