@@ -10,14 +10,13 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 
 from flows.pipeline import pipeline
-from flows.recipes import check_until, override
+from flows.recipes import check_until, override, run_tags
 from flows.reports.page import write_report
 from flows.reports.subscribers import subscribers
 from flows.running.child import ChildError
 from flows.running.cluster import task_runner
-from flows.running.deployed import supervised
+from flows.running.deployed import recipe_name, supervised
 from flows.running.dispatch import dispatch
-from flows.running.naming import recipe_name
 from flows.running.promotion import promote
 from flows.train import amazon_ft_train
 from tasks.caching.context import open_run, tell
@@ -40,8 +39,9 @@ def amazon_ft(config: Recipe, overrides: tuple[str, ...] = (), until: str | None
     """
     recipe = override(config, overrides)
     check_until(until, recipe)
-    settings, observers = recipe.model_dump(mode="json"), subscribers(recipe)
-    record = open_run(recipe.name, settings, until=until, engine=PrefectEngine(), observers=observers)
+    tags = run_tags(recipe)
+    settings, observers = recipe.model_dump(mode="json"), subscribers(recipe.tracking)
+    record = open_run(recipe.name, settings, tags=tags, until=until, engine=PrefectEngine(), observers=observers)
     try:
         with supervised(), record as run, suppress(StageReached):
             saved = pipeline(recipe, partial(dispatch, train_here=amazon_ft_train))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import cast
 
 from tasks.baseline import baseline
 from tasks.caching.context import planning, within
 from tasks.caching.plans import Plan, Unknown
-from tasks.caching.stage import lineage
+from tasks.caching.stage import StageReached, lineage
 from tasks.catalogue import catalogue
 from tasks.config import IngestConfig, Recipe
 from tasks.evaluate import evaluate
@@ -36,6 +37,13 @@ def tune(recipe: Recipe, prepared: Prepared) -> Tuned:
     adapter = finetune(model, prepared.batches, recipe.finetune, weights, recipe.tokenize.max_tokens, device, watched)
     base = baseline(model, held_out, recipe.evaluate, weights, device)
     return adapter, evaluate(model, adapter, base, held_out, recipe.evaluate, weights, recipe.sharegpt.merged_prompt, device)
+
+
+def plan_tuning(recipe: Recipe, prepared: Prepared) -> Plan:
+    """What `tune` would do, up to the stage that the run is to end with."""
+    with planning(recipe.name) as found, suppress(StageReached):
+        tune(recipe, prepared)
+    return found
 
 
 def pipeline(recipe: Recipe, tune_there: Callable[[Recipe, Prepared], Tuned] = tune) -> SavedModel:

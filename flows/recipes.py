@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -12,9 +14,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from tasks.caching.identity import canonical
 from tasks.config import PASSWORD, Recipe
 from tasks.refs import ConfigError
 
+DIGITS = 8
 SHIPPED = Path(__file__).parents[1] / "deployments" / "recipes"
 """Beside the packages, in a checkout as in an installed wheel."""
 
@@ -43,6 +47,16 @@ def check_until(until: str | None, recipe: Recipe) -> None:
     stages = [stage.value for stage in StageName if stage is not StageName.PACK or recipe.pack]
     if until is not None and until not in stages:
         raise ConfigError(f"until: no such stage in recipe {recipe.name}: got {until}; expected one of {', '.join(stages)}.")
+
+
+def short_digest(recipe: Recipe) -> str:
+    """8 hex digits over everything in the recipe that can change a result."""
+    return hashlib.sha256(json.dumps(canonical(recipe), sort_keys=True).encode()).hexdigest()[:DIGITS]
+
+
+def run_tags(recipe: Recipe) -> list[str]:
+    """To filter runs of a recipe by; all but the first make a run's title, such as `demo 1,000 rows 3f9a12bc`."""
+    return ["amazon-ft", recipe.name, f"{recipe.sample.rows:,} rows", short_digest(recipe)]
 
 
 def shipped_names() -> list[str]:

@@ -8,9 +8,8 @@ from prefect import flow
 
 from flows.pipeline import Tuned, tune
 from flows.reports.subscribers import subscribers
-from flows.running.deployed import supervised
+from flows.running.deployed import recipe_name, supervised
 from flows.running.gpus import one_gpu
-from flows.running.naming import recipe_name
 from tasks.caching.context import open_run
 from tasks.caching.engine import PrefectEngine
 from tasks.caching.stage import StageReached
@@ -29,7 +28,7 @@ def amazon_ft_train(recipe: Recipe, prepared: Prepared, until: str | None = None
         until: the stage to end with; None for all.
         run: the parent's run record, by its id; None in the parent's process.
     """
-    observers = subscribers(recipe, run)
+    observers = subscribers(recipe.tracking, run)
     record = open_run(
         recipe.name, recipe.model_dump(mode="json"), until=until, child=True, engine=PrefectEngine(), observers=observers
     )

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flows.reports.results import Results, flat, read_lines
-from flows.running.naming import run_name
 from tasks.caching.events import Event, ModelSaved, RunBegan, RunEnded, StageEnded, StepsLogged, TrainingLeft
 from tasks.refs import Adapter, ConfigError, home
 
 if TYPE_CHECKING:
-    from tasks.config import Recipe, TrackingConfig
+    from tasks.config import TrackingConfig
 
 STEP_FIGURES = ("loss", "grad_norm", "learning_rate", "tokens", "memory_gib", "held_out_loss")
 FILES = ("README.md", "lineage.json", "metrics.json", "recipe.yaml", "generations.jsonl")
@@ -81,9 +80,9 @@ def check_tracking(config: TrackingConfig) -> None:
 
 @dataclass
 class Tracking:
-    """Tells the recipe's tracker of a run."""
+    """Tells a tracker of a run."""
 
-    recipe: Recipe
+    config: TrackingConfig
     run: str | None = None
     """The run that this one trains for, by its id."""
     _tracker: Tracker | None = None
@@ -95,9 +94,9 @@ class Tracking:
         with redirect_stdout(sys.stderr):  # standard output is for the one who called
             match event:
                 case RunBegan(run=run):
-                    params = flat(self.recipe.model_dump(mode="json", exclude={"tracking"}))
-                    tracked = TrackedRun(self.run or run.id, run_name(self.recipe), params, self.recipe.tracking)
-                    self._tracker = TRACKERS[self.recipe.tracking.report_to](tracked)
+                    params = flat({name: section for name, section in run.config.items() if name != "tracking"})
+                    tracked = TrackedRun(self.run or run.id, run.title, params, self.config)
+                    self._tracker = TRACKERS[self.config.report_to](tracked)
                 case StepsLogged(records=records):
                     self._log(records)
                 case TrainingLeft():

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from flows.reports.results import marked_rows, read_lines, read_optional_json, row_lengths
-from flows.running.naming import run_name, run_tags
 from tasks.caching.events import Event, ModelSaved, Noticed, RunBegan, RunEnded, StageEnded, StepsLogged
 from tasks.caching.manifest import MANIFEST
-from tasks.config import Recipe
+from tasks.caching.runs import Run
 from tasks.refs import Adapter, Artifact, Evaluation, Products, Source, Split, Tokenizer
 from tasks.reporting import markdown
 from tasks.reporting.model_card import comparison_table
@@ -32,8 +31,9 @@ SHOWN_ANSWERS = 4
 class Artifacts:
     """Hears of a run, on a thread of its own (tasks/caching/events.py): it may wait for the server."""
 
-    def __init__(self, flow_run: UUID, recipe: Recipe) -> None:
-        self._flow_run, self._recipe = flow_run, recipe
+    def __init__(self, flow_run: UUID, prefix: str = "") -> None:
+        """Keys of artifacts begin with the prefix, the recipe's name once the run has begun."""
+        self._flow_run, self._prefix = flow_run, prefix
         self._open = ExitStack()
         self._ids: dict[str, UUID] = {}
         self._points: list[tuple[int, float]] = []
@@ -41,8 +41,9 @@ class Artifacts:
     def hear(self, event: Event) -> None:
         """Show what there is to see of an event."""
         match event:
-            case RunBegan():
-                self._name()
+            case RunBegan(run=run):
+                self._prefix = run.recipe
+                self._name(run)
             case StageEnded(inputs=inputs, value=value) if value is not None:
                 self._show_stage(event.entry["name"], inputs, value)
             case StepsLogged():
@@ -67,7 +68,7 @@ class Artifacts:
         if key in self._ids:
             self._client.update_artifact(self._ids[key], ArtifactUpdate(data=data, description=description))
             return
-        full_key = f"{self._recipe.name}-{key}"
+        full_key = f"{self._prefix}-{key}"
         made = ArtifactCreate(key=full_key, type=kind, description=description, data=data, flow_run_id=self._flow_run)
         self._ids[key] = self._client.create_artifact(made).id
 
@@ -77,9 +78,10 @@ class Artifacts:
 
         return self._open.enter_context(get_client(sync_client=True))
 
-    def _name(self) -> None:
-        tags = sorted({*self._client.read_flow_run(self._flow_run).tags, *run_tags(self._recipe)})
-        self._client.update_flow_run(self._flow_run, name=run_name(self._recipe), tags=tags)
+    def _name(self, run: Run) -> None:
+        if run.tags:
+            tags = sorted({*self._client.read_flow_run(self._flow_run).tags, *run.tags})
+            self._client.update_flow_run(self._flow_run, name=run.title, tags=tags)
 
     def _show_training(self, now: StepsLogged) -> None:
         self._points.append((now.step, now.loss))

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from flows.running.naming import run_name, run_tags
 from flows.running.pools import TRAINING, online_workers
 from tasks.caching.context import context, tell
 from tasks.caching.events import Noticed, TrainingLeft
@@ -49,14 +48,15 @@ def run_child(recipe: Recipe, prepared: Prepared) -> None:
     """
     from prefect.deployments import run_deployment
 
-    present = context()
+    parent = context().run
+    assert parent is not None, "a training is left to another machine by a run"
     plain = {
         "recipe": recipe.model_dump(mode="json"),
         "prepared": prepared.model_dump(mode="json"),
-        "until": present.until,
-        "run": present.run.id if present.run else None,
+        "until": parent.until,
+        "run": parent.id,
     }
-    run: FlowRun = run_deployment(TRAINING, parameters=plain, timeout=0, flow_run_name=run_name(recipe), tags=run_tags(recipe))  # pyright: ignore[reportAssignmentType]  # synchronous here
+    run: FlowRun = run_deployment(TRAINING, parameters=plain, timeout=0, flow_run_name=parent.title, tags=parent.tags)  # pyright: ignore[reportAssignmentType]  # synchronous here
     logger.info("finetune, baseline and evaluate run as amazon-ft-train '%s'.", run.name)
     tell(TrainingLeft(run.name))
     try:

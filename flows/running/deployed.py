@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from flows.running import supervisor
+from tasks.config import Recipe
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -21,6 +22,15 @@ def flow_run_id() -> UUID | None:
     context = FlowRunContext.get()
     run = context.flow_run if context is not None else None
     return run.id if run is not None and run.deployment_id is not None else None
+
+
+def recipe_name() -> str:
+    """Prefect's flow_run_name of both flows, until the run is open and has its title (flows/reports/ui.py)."""
+    from prefect.runtime import flow_run
+
+    parameters: dict[str, Any] = flow_run.parameters
+    settings: Any = parameters.get("config") or parameters.get("recipe")
+    return settings.name if isinstance(settings, Recipe) else str(settings.get("name", "amazon-ft"))
 
 
 class Unbroken:

@@ -113,6 +113,7 @@ def open_run(
     recipe: str,
     config: Mapping[str, Any],
     *,
+    tags: Sequence[str] = (),
     until: str | None = None,
     child: bool = False,
     engine: Engine | None = None,
@@ -126,7 +127,7 @@ def open_run(
     if (outer := context().run) is not None:
         yield outer
         return
-    run = Run(recipe, dict(config), until=until or context().until, child=child)
+    run = Run(recipe, dict(config), tags=list(tags), until=until or context().until, child=child)
     check_root()
     record = RunRecord(run)
     held, here = locked(run.file.with_suffix(".lock"), remove=True), within(run=run, until=run.until, engine=engine)

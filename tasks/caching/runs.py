@@ -21,6 +21,8 @@ class Run:
     recipe: str
     config: dict[str, Any]
     id: str = field(default_factory=lambda: f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid4().hex[:8]}")
+    tags: list[str] = field(default_factory=list[str])
+    """To filter runs by in the UI; all but the first make the title."""
     started: float = field(default_factory=time.time)
     stages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """One entry a stage call: name, key, code, inputs, state, reason, rows, seconds, digest, path."""
@@ -34,6 +36,11 @@ class Run:
     """Whether it only trains for another run, on a worker."""
     finished: bool = False
     """Whether the run came to its end without an error."""
+
+    @property
+    def title(self) -> str:
+        """The name of the run in the UI and in trackers."""
+        return " ".join(self.tags[1:]) or self.recipe
 
     @property
     def file(self) -> Path:

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from flows.recipes import load_recipe
+from flows.recipes import load_recipe, short_digest
 from flows.reports.subscribers import subscribers
 from flows.reports.trackers import TRACKERS, MlflowTracker, Outcome, TrackedRun, Tracking, check_tracking
-from flows.running.naming import short_digest
 from tasks.caching.context import open_run, tell
 from tasks.caching.events import ModelSaved, RunBegan, RunEnded, StageEnded, TrainingLeft
 from tasks.caching.runs import Run
@@ -108,7 +107,7 @@ def test_the_loss_of_step_5_is_shown_while_step_6_trains(
         micro_step(self, *args)
 
     monkeypatch.setattr(Watch, "micro_step", look)
-    with open_run("demo", {}, observers=subscribers(recipe)):
+    with open_run("demo", {}, observers=subscribers(recipe.tracking)):
         log = train(model, rows, batch_size=2, gradient_accumulation=1, logging_steps=1, save_steps=4, max_steps=8).log
     wanted = {step["step"]: step["loss"] for step in map(json.loads, (log / "train_log.jsonl").read_text().splitlines())}
     assert seen == pytest.approx({step: wanted[step] for step in range(1, 6)}, rel=1e-6)
@@ -118,7 +117,7 @@ def test_the_loss_of_step_5_is_shown_while_step_6_trains(
 @MLFLOW
 def test_mlflow_gives_back_params_metrics_digests_and_files(run: Run, home: Path) -> None:
     (home / "report.html").write_text("<html>")
-    hear_a_run(Tracking(RECIPE), run, home / "report.html")
+    hear_a_run(Tracking(RECIPE.tracking), run, home / "report.html")
     client = mlflow_client(home)
     (found,) = client.search_runs([client.get_experiment_by_name("amazon-ft").experiment_id])
     assert found.info.status == "FINISHED"
@@ -134,7 +133,7 @@ def test_mlflow_gives_back_params_metrics_digests_and_files(run: Run, home: Path
 def test_tensorboard_gives_back_every_step(run: Run, home: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    hear_a_run(Tracking(BOARD), run)
+    hear_a_run(Tracking(BOARD.tracking), run)
     events = EventAccumulator(str(home / "tracking" / "tensorboard" / run.id)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 4.0), (2, 2.0)]
     assert events.Scalars("evaluation/tuned/nll")[0].value == 0.25
@@ -142,7 +141,7 @@ def test_tensorboard_gives_back_every_step(run: Run, home: Path) -> None:
 
 @MLFLOW
 def test_a_training_on_a_worker_tells_of_its_steps_under_the_run_that_it_trains_for(run: Run, home: Path) -> None:
-    parent, worker = Tracking(RECIPE), Tracking(RECIPE, run.id)
+    parent, worker = Tracking(RECIPE.tracking), Tracking(RECIPE.tracking, run.id)
     parent.hear(RunBegan(run))
     parent.hear(TrainingLeft("demo"))
     child = Run("demo", {}, child=True)
@@ -172,7 +171,7 @@ def test_a_long_training_is_told_in_whole(home: Path) -> None:
 
 def test_a_tracker_that_fails_is_a_warning(home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(TRACKERS, "mlflow", lambda _: 1 / 0)
-    with caplog.at_level(logging.WARNING), open_run("demo", {}, observers=subscribers(RECIPE)) as run:
+    with caplog.at_level(logging.WARNING), open_run("demo", {}, observers=subscribers(RECIPE.tracking)) as run:
         tell(RunBegan(run))
     assert caplog.messages == ["mlflow could not be told of this run (ZeroDivisionError: division by zero); the run goes on."]
 
@@ -187,7 +186,7 @@ def test_a_tracker_that_is_not_installed_is_refused_at_once(monkeypatch: pytest.
 @MLFLOW
 def test_tracking_is_no_part_of_what_a_run_is(run: Run, home: Path) -> None:
     assert short_digest(RECIPE) == short_digest(load_recipe("demo"))
-    Tracking(RECIPE).hear(RunBegan(run))
+    Tracking(RECIPE.tracking).hear(RunBegan(run))
     client = mlflow_client(home)
     (found,) = client.search_runs([client.get_experiment_by_name("amazon-ft").experiment_id])
     assert not any(name.startswith("tracking") for name in found.data.params)

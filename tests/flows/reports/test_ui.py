@@ -8,11 +8,8 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from flows.recipes import load_recipe
 from flows.reports.ui import Artifacts
 from tasks.caching.events import Detached, Noticed, StepsLogged
-
-DEMO = load_recipe("demo")
 
 
 def artifacts_at(api: str, flow_run: Any) -> list[tuple[str, Any]]:
@@ -22,7 +19,7 @@ def artifacts_at(api: str, flow_run: Any) -> list[tuple[str, Any]]:
 
 def test_artifact_is_made_once_and_then_updated(prefect_api: str) -> None:
     flow_run = uuid4()
-    shown = Detached(Artifacts(flow_run, DEMO), "the Prefect UI", close_seconds=60)
+    shown = Detached(Artifacts(flow_run, "demo"), "the Prefect UI", close_seconds=60)
     for text in ("# One", "# Two"):
         shown.hear(Noticed("worker", "steps", text))
     shown.close()
@@ -31,7 +28,7 @@ def test_artifact_is_made_once_and_then_updated(prefect_api: str) -> None:
 
 def test_training_is_shown_as_it_goes(prefect_api: str) -> None:
     flow_run = uuid4()
-    shown = Artifacts(flow_run, DEMO)
+    shown = Artifacts(flow_run, "demo")
     for step, loss in ((5, 3.5), (10, 2.5)):
         shown.hear(StepsLogged(step, 20, loss, 1.0, 1e-4, 100.0, 7.0))
     shown.close()
@@ -45,8 +42,8 @@ def test_artifacts_go_to_the_server_of_their_maker(prefect_api: str, caplog: pyt
 
     first, second = uuid4(), uuid4()
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
-        away = Detached(Artifacts(first, DEMO), "the Prefect UI", close_seconds=60)
-    here = Detached(Artifacts(second, DEMO), "the Prefect UI", close_seconds=60)
+        away = Detached(Artifacts(first, "demo"), "the Prefect UI", close_seconds=60)
+    here = Detached(Artifacts(second, "demo"), "the Prefect UI", close_seconds=60)
     for shown in (away, here):
         shown.hear(Noticed("worker", "steps", "# One"))
         shown.close()

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from flows.recipes import load_recipe
+from flows.recipes import load_recipe, run_tags, short_digest
 from flows.running.gpus import Gpu
-from flows.running.naming import run_name, run_tags, short_digest
 from flows.server import up
+from tasks.caching.runs import Run
 from tasks.refs import PipelineError
 from tests.support.checkout import PROJECT
 
@@ -36,7 +36,7 @@ def test_port_in_use_is_said_with_the_ways_out(tmp_path: Path) -> None:
 
 def test_run_name_tells_configurations_apart_but_not_where_they_run() -> None:
     demo, other = load_recipe("demo"), load_recipe("demo", ["finetune.learning_rate=1e-4"])
-    assert run_name(demo) == f"demo 1,000 rows {short_digest(demo)}"
+    assert Run("demo", {}, tags=run_tags(demo)).title == f"demo 1,000 rows {short_digest(demo)}"
     assert run_tags(demo) == ["amazon-ft", "demo", "1,000 rows", short_digest(demo)]
     assert short_digest(demo) != short_digest(other)
     assert short_digest(demo) == short_digest(load_recipe("demo", ["finetune.keep_checkpoints=1"]))
