@@ -1,6 +1,6 @@
 """What `amazon-ft up` takes to a finished run, and what a fully cached deployed run costs beyond an empty one.
 
-usage: PYTHONPATH=.:tests:tests/e2e python tests/bench/bench_deployed.py [--runs N] [--out JSON]
+usage: python -m tests.bench.bench_deployed [--runs N] [--out JSON]
 
 A server, workers and a tiny model of its own under a temporary directory. An empty flow is deployed to the same pool; cached
 runs and empty runs take turns, each timed by the server from its creation to its end. Prints medians and their difference.

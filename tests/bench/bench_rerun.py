@@ -1,6 +1,6 @@
 """What a fully cached run costs beyond Prefect's own start-up, and what a plan costs.
 
-usage: python tests/bench/bench_rerun.py [RECIPE] [--runs N] [--out JSON]      runs RECIPE (default: demo) once if need be
+usage: python -m tests.bench.bench_rerun [RECIPE] [--runs N] [--out JSON]      runs RECIPE (default: demo) once if need be
 
 Whole processes in turn, A B A B ...: `amazon-ft run RECIPE` with every stage cached, and an empty flow against the same kind
 of ephemeral server. Prints the medians and their difference.
