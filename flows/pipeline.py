@@ -40,7 +40,7 @@ def tune(recipe: Recipe, prepared: Prepared) -> Tuned:
 
 
 def plan_tuning(recipe: Recipe, prepared: Prepared) -> Plan:
-    """What `tune` would do, up to the stage that the run is to end with."""
+    """Plan `tune`, up to the stage that the run is to end with."""
     with planning(recipe.name) as found, suppress(StageReached):
         tune(recipe, prepared)
     return found
