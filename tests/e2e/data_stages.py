@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from inspect import signature
 from typing import Any
 
 from flows.recipes import load_recipe
@@ -25,7 +26,7 @@ def run(recipe_file: str) -> dict[str, list[str]]:
         digests = [
             artifact["digest"] for artifact in value.model_dump().values() if isinstance(artifact, dict) and "kind" in artifact
         ]
-        told[stage.name] = [stage.key(dict(zip(stage.parameters, inputs, strict=True))), *digests]
+        told[stage.name] = [stage.key(signature(stage.fn).bind(*inputs).arguments), *digests]
         print(stage.name, file=sys.stderr, flush=True)
         return value
 
