@@ -74,7 +74,7 @@ def comparison_rows(numbers: Mapping[str, Any]) -> dict[str, list[str]]:
     """{what: [base, tuned]} as text.
 
     >>> base = {"nll": 2.5, "perplexity": 12.18, "perplexity_low": 11.5, "perplexity_high": 13, "rougeL": 0.25, "chrf": 20}
-    >>> comparison({"base": base, "tuned": base})["perplexity (95 %)"]
+    >>> comparison_rows({"base": base, "tuned": base})["perplexity (95 %)"]
     ['12.18 (11.50 to 13.00)', '12.18 (11.50 to 13.00)']
     """
     both = [numbers[model] for model in MODELS]
