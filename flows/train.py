@@ -8,7 +8,7 @@ from prefect import flow
 
 from flows.pipeline import Tuned, tune
 from flows.reports.subscribers import subscribers
-from flows.running.deployed import recipe_name, supervised
+from flows.running.deployed import supervised
 from flows.running.gpus import one_gpu
 from tasks.caching.context import open_run
 from tasks.caching.engine import PrefectEngine
@@ -18,7 +18,7 @@ from tasks.model import with_weights
 from tasks.refs import Prepared
 
 
-@flow(name="amazon-ft-train", flow_run_name=recipe_name)
+@flow(name="amazon-ft-train")
 def amazon_ft_train(recipe: Recipe, prepared: Prepared, until: str | None = None, run: str | None = None) -> Tuned | None:
     """Fine-tune the model and evaluate it; None when the run was to end earlier.
 

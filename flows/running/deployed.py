@@ -25,7 +25,7 @@ def flow_run_id() -> UUID | None:
 
 
 def recipe_name() -> str:
-    """Prefect's flow_run_name of both flows, until the run is open and has its title (flows/reports/ui.py)."""
+    """Prefect's flow_run_name of the parent, until its run is open and has its title (flows/reports/ui.py)."""
     from prefect.runtime import flow_run
 
     parameters: dict[str, Any] = flow_run.parameters
