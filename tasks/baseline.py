@@ -20,7 +20,7 @@ def baseline(model: Model, held_out: HeldOut, config: EvaluateConfig, weights: W
     said = EMPTY
     if held_out.tokens.rows:
         questions = read_questions(held_out, config)
-        said = collect_answers(questions, model, None, held_out, config=config, weights=weights, device=device)
+        said = collect_answers(questions, model, None, config=config, weights=weights, device=device)
     with publish("baseline") as draft:
         (draft / SAID).write_text(said.model_dump_json(), encoding="utf-8")
         draft.rows = len(said.nll)

@@ -128,7 +128,7 @@ def evaluate(
     check_adapter_fits(adapter.data.path, model)
     questions = read_questions(held_out, config)
     base = Said.model_validate_json((baseline.data / SAID).read_bytes())
-    tuned = collect_answers(questions, model, adapter.data.path, held_out, config=config, weights=weights, device=device)
+    tuned = collect_answers(questions, model, adapter.data.path, config=config, weights=weights, device=device)
     metrics = compute_metrics(questions, base, tuned, merged_prompt)
     summary = {f"{name}_{figure}": metrics[name][figure] for name in ("base", "tuned") for figure in ("nll", "perplexity")}
     return Evaluation(data=_publish(metrics, side_by_side(questions.prompts, base, tuned)), summary=summary)

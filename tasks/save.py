@@ -28,11 +28,11 @@ import yaml
 from tasks.caching.manifest import MANIFEST
 from tasks.caching.stage import stage
 from tasks.caching.store import publish
+from tasks.caching.versions import package_versions
 from tasks.config import SaveConfig
 from tasks.reading.model_files import TOKENIZER, read_json
 from tasks.refs import Adapter, Artifact, Evaluation, InputError, Lineage, Model, SavedModel, Tokenizer, home
 from tasks.reporting.model_card import model_card
-from tasks.training.hardware import package_versions
 
 PACKAGES = (
     "accelerate",

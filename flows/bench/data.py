@@ -22,8 +22,8 @@ from rich.table import Table
 
 from flows.bench.processes import module, run_process
 from flows.bench.products import product_file
+from tasks.caching.versions import package_versions
 from tasks.refs import InputError, home
-from tasks.training.hardware import package_versions
 
 CONVERSATIONS = 100_000
 """As in the document."""

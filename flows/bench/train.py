@@ -23,6 +23,7 @@ from flows.bench.data import machine
 from flows.bench.processes import module, run_process
 from flows.recipes import load_recipe
 from flows.running.gpus import one_gpu
+from tasks.caching.versions import package_versions
 from tasks.config import FinetuneConfig
 from tasks.refs import InputError, Model
 from tasks.training import hardware
@@ -65,7 +66,7 @@ def _bench(model: Model, data: Path, sides: Sequence[str], console: Console) -> 
     return {
         "device": hardware.device_name(device),
         "machine": machine(),
-        "versions": hardware.package_versions(hardware.LIBRARIES),
+        "versions": package_versions(hardware.LIBRARIES),
         "matmul_limit_tflops": round(limit / 1e12, 3),
         "model": model.name,
         "sides": measured,

@@ -18,7 +18,7 @@ from flows.cli.options import AsJson, Debug, Overrides, RecipeName, err
 from flows.cli.terminal import Bar, LastRun
 from flows.recipes import StageName, check_until, load_recipe
 from flows.running.bars import hide_bars
-from tasks.caching.context import check_root, observing
+from tasks.caching.context import observing
 from tasks.caching.events import Detached
 from tasks.refs import SavedModel
 
@@ -59,7 +59,6 @@ def _run_flow(recipe: Recipe, until: StageName | None, debug: bool) -> SavedMode
     os.environ |= {"PREFECT_LOGGING_EXTRA_LOGGERS": "tasks,flows", "DO_NOT_TRACK": "1", **quiet}
     if not sys.stderr.isatty():  # bars are for those who watch
         hide_bars()
-    check_root()
     with prefect_server():
         from flows.amazon_ft import amazon_ft
 

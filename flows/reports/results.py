@@ -12,20 +12,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from tasks.caching.stage import Made
-from tasks.refs import Adapter, Artifact, Evaluation, Split, home
+from tasks.caching.stage import Made, read_made
+from tasks.refs import Adapter, Artifact, Evaluation, Split
 from tasks.reporting.markdown import pieces
-from tasks.tables.arrow import list_lengths, read_table
 
 R = TypeVar("R", bound=BaseModel)
 Row = list[tuple[str, bool]]
 """A training row as (text, trained on) pieces."""
+
+
+class Whatever(BaseModel):
+    """Any reference, for whom its fields don't matter."""
 
 
 class Results:
@@ -45,8 +49,9 @@ class Results:
 
     def value(self, name: str, returns: type[R]) -> R | None:
         """The reference that a stage returned; None when its record or its files were removed."""
-        record = _record(self.entry(name))
-        return Made.from_json(record, returns).value if record else None
+        entry = self.entry(name)
+        made = _made(entry["key"], returns) if entry else None
+        return made.value if made else None
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
@@ -84,22 +89,25 @@ class Results:
         """How long the making of a stage's output took, in this run or in the one that made it."""
         if entry["state"] != "cached":
             return entry.get("seconds")
-        record = _record(entry)
-        return json.loads(record)["seconds"] if record else None
+        made = _made(entry["key"], Whatever)
+        return made.seconds if made else None
 
     def _log(self, name: str) -> Path | None:
         adapter = self.value("finetune", Adapter)
         return adapter.log / name if adapter is not None else None
 
 
-def _record(entry: Mapping[str, Any] | None) -> str | None:
-    """The record that a stage call left, as Prefect wraps it."""
-    file = home() / "records" / entry["key"] if entry else None
-    return json.loads(file.read_bytes())["result"] if file is not None and file.is_file() else None
+def _made(key: str, returns: type[R]) -> Made[R] | None:
+    """The outcome of a stage call; None where its record was removed, is damaged or of another release."""
+    with suppress(OSError, ValueError):
+        return read_made(key, returns)
+    return None
 
 
 def row_lengths(tokens: Artifact) -> list[int]:
     """Tokens of each row of tokens.arrow."""
+    from tasks.tables.arrow import list_lengths, read_table
+
     return list_lengths(read_table(tokens / "tokens.arrow")["input_ids"]).tolist()
 
 

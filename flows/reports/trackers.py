@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
@@ -181,8 +182,6 @@ class MlflowTracker:
         self._client.set_terminated(self._run, state)
 
     def _log(self, figures: Sequence[tuple[str, float, int]]) -> None:
-        import time
-
         from mlflow.entities import Metric
 
         metrics = [Metric(name, value, int(1000 * time.time()), step) for name, value, step in figures]

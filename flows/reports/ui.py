@@ -31,9 +31,8 @@ SHOWN_ANSWERS = 4
 class Artifacts:
     """Hears of a run, on a thread of its own (tasks/caching/events.py): it may wait for the server."""
 
-    def __init__(self, flow_run: UUID, prefix: str = "") -> None:
-        """Keys of artifacts begin with the prefix, the recipe's name once the run has begun."""
-        self._flow_run, self._prefix = flow_run, prefix
+    def __init__(self, flow_run: UUID) -> None:
+        self._flow_run, self._recipe = flow_run, ""
         self._open = ExitStack()
         self._ids: dict[str, UUID] = {}
         self._points: list[tuple[int, float]] = []
@@ -42,7 +41,7 @@ class Artifacts:
         """Show what there is to see of an event."""
         match event:
             case RunBegan(run=run):
-                self._prefix = run.recipe
+                self._recipe = run.recipe
                 self._name(run)
             case StageEnded(inputs=inputs, value=value) if value is not None:
                 self._show_stage(event.entry["name"], inputs, value)
@@ -68,7 +67,7 @@ class Artifacts:
         if key in self._ids:
             self._client.update_artifact(self._ids[key], ArtifactUpdate(data=data, description=description))
             return
-        full_key = f"{self._prefix}-{key}"
+        full_key = f"{self._recipe}-{key}"
         made = ArtifactCreate(key=full_key, type=kind, description=description, data=data, flow_run_id=self._flow_run)
         self._ids[key] = self._client.create_artifact(made).id
 

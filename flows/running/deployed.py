@@ -28,8 +28,7 @@ def recipe_name() -> str:
     """Prefect's flow_run_name of the parent, until its run is open and has its title (flows/reports/ui.py)."""
     from prefect.runtime import flow_run
 
-    parameters: dict[str, Any] = flow_run.parameters
-    settings: Any = parameters.get("config") or parameters.get("recipe")
+    settings: Any = flow_run.parameters["config"]
     return settings.name if isinstance(settings, Recipe) else str(settings.get("name", "amazon-ft"))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import httpx
-
 TRAINING = "amazon-ft-train/cuda"
 """The deployment of the child flow."""
 CPU_POOL, CUDA_POOL = "cpu", "cuda"
@@ -11,6 +9,7 @@ CPU_POOL, CUDA_POOL = "cpu", "cuda"
 
 def online_workers(pool: str) -> list[str]:
     """Names of the workers that poll a pool now; none when there is no such pool."""
+    import httpx
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import WorkerFilter, WorkerFilterStatus
     from prefect.client.schemas.objects import WorkerStatus

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from flows.running.supervisor import INNER, end_processes, guarded
+from tasks.caching.context import check_root
 from tasks.refs import PipelineError, home
 
 START_SECONDS = 180
@@ -37,13 +38,14 @@ def prefect_server() -> Generator[str]:
     """The API to run against: PREFECT_API_URL when it is set, else a server of our own for the block.
 
     Raises:
+        InputError: when nothing can be written under AMAZON_FT_HOME.
         PipelineError: when the server does not come up; names its log.
     """
     if url := os.environ.get("PREFECT_API_URL"):
         yield url
         return
+    check_root()
     log = home() / "prefect-server.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         port = _free_port()
         command = guarded(INNER, "uvicorn", *SERVER, "--port", str(port))

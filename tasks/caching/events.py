@@ -136,11 +136,12 @@ class Detached:
         self._closed = self._failed = False
         self._change = threading.Condition()
         self._thread = threading.Thread(target=copy_context().run, args=(self._run,), name=name, daemon=True)
-        self._thread.start()
 
     def hear(self, event: Event) -> None:
-        """Leave the event for the observer."""
+        """Leave the event for the observer; the first starts the thread."""
         with self._change:
+            if self._thread.ident is None:
+                self._thread.start()
             if isinstance(event, self._newest):
                 self._waiting = [waiting for waiting in self._waiting if type(waiting) is not type(event)]
             self._waiting.append(event)
@@ -149,6 +150,8 @@ class Detached:
     def close(self) -> None:
         """Let the observer take what is left, for so many seconds at most."""
         with self._change:
+            if self._thread.ident is None:
+                return
             self._closed = True
             self._change.notify()
         self._thread.join(self._close_seconds)

@@ -19,7 +19,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Generic, ParamSpec, TypeVar, cast, get_type_hints
 
@@ -71,6 +71,19 @@ class Made(Generic[R]):
         return cls(returns.model_validate_json(record["value"]), record["seconds"])
 
 
+def read_made(key: str, returns: type[R]) -> Made[R]:
+    """Read the record of a key, as Prefect wraps it.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: when it is damaged, or of another release.
+    """
+    wrapped = json.loads((home() / "records" / key).read_bytes())
+    if not isinstance(wrapped, dict) or not isinstance(wrapped.get("result"), str):
+        raise ValueError("no record of Prefect's")
+    return Made.from_json(wrapped["result"], returns)
+
+
 def _seal(value: Any, seconds: Any) -> str:
     return hashlib.sha256(json.dumps([value, seconds]).encode()).hexdigest()
 
@@ -80,8 +93,12 @@ class Call(Generic[R]):
     """One call of a stage, decided: served where `made` is there, else run for the reason `miss`."""
 
     inputs: Inputs
+    code: Mapping[str, str]
+    """{module: digest} of the code that counts."""
+    counted: Any
+    """The inputs, as they count."""
     key: str
-    made: Made[R] | None
+    made: Made[R] | None = None
     miss: str = ""
 
 
@@ -183,11 +200,12 @@ class Stage(Generic[P, R]):
 
     def decide(self, inputs: Inputs) -> Call[R]:
         """Whether this call is served from its record, or why not."""
-        key = self.key(inputs)
+        code, counted = self.code(inputs), canonical(inputs)
+        call: Call[R] = Call(inputs, code, counted, stage_key(self.name, self.version, code, counted))
         try:
-            return Call(inputs, key, self.recorded(key))
+            return replace(call, made=self.recorded(call.key))
         except Missing as miss:
-            return Call(inputs, key, None, str(miss))
+            return replace(call, miss=str(miss))
 
     def recorded(self, key: str) -> Made[R]:
         """The recorded outcome of a key, its artifacts verified.
@@ -196,11 +214,10 @@ class Stage(Generic[P, R]):
             Missing: with the reason why there is nothing to serve.
         """
         try:
-            record = json.loads((home() / "records" / key).read_bytes())["result"]
-            made = Made.from_json(record, self.returns)
+            made = read_made(key, self.returns)
         except FileNotFoundError:
             raise Missing("not run yet") from None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
             raise Missing(f"record corrupt: records/{key}") from None
         check(made.value)
         return made
@@ -249,8 +266,7 @@ class Stage(Generic[P, R]):
 
     def _entry(self, call: Call[R]) -> dict[str, Any]:
         """The entry in the run's record for a call that is about to be made."""
-        entry: dict[str, Any] = {"name": self.name, "key": call.key, "code": self.code(call.inputs)}
-        entry["inputs"] = canonical(call.inputs)
+        entry: dict[str, Any] = {"name": self.name, "key": call.key, "code": call.code, "inputs": call.counted}
         if call.made is None:
             entry |= {"state": "running", "reason": self._explain(call)}
             logger.info("%s runs: %s", self.name, entry["reason"])
@@ -297,8 +313,8 @@ class Stage(Generic[P, R]):
             return "first run"
         if before["key"] == call.key:
             return "did not finish last time"
-        code = code_changes(before["code"], self.code(call.inputs))
-        return "; ".join([*code, *changes("", before["inputs"], canonical(call.inputs))]) or "stage version or modules changed"
+        differences = [*code_changes(before["code"], call.code), *changes("", before["inputs"], call.counted)]
+        return "; ".join(differences) or "stage version or modules changed"
 
 
 def _unknown(values: Iterable[Any]) -> str | None:

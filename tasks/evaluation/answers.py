@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ConfigDict
 
 from tasks.config import EvaluateConfig, WeightsConfig
-from tasks.refs import HeldOut, Model, Value
+from tasks.refs import HeldOut, Model, Tokenizer, Value
 from tasks.training.inference.likelihood import labelled_tokens
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Questions:
-    """The held-out rows and prompts."""
+    """The held-out rows and prompts, and the tokenizer of both."""
 
+    tokenizer: Tokenizer
     uids: Sequence[Sequence[str]]
     input_ids: Sequence[Sequence[int]]
     labels: Sequence[Sequence[int]]
@@ -97,6 +98,7 @@ def read_questions(held_out: HeldOut, config: EvaluateConfig) -> Questions:
     parts = json.loads((held_out.template / "template.json").read_text(encoding="utf-8"))
     chosen = (turns[row] for row in choose_rows(len(turns), config.generations, config.seed))
     return Questions(
+        tokenizer=held_out.tokenizer,
         uids=[row["uids"] for row in rows],
         input_ids=[row["input_ids"] for row in rows],
         labels=[row["labels"] for row in rows],
@@ -108,7 +110,6 @@ def collect_answers(
     questions: Questions,
     model: Model,
     adapter: Path | None,
-    held_out: HeldOut,
     *,
     config: EvaluateConfig,
     weights: WeightsConfig,
@@ -128,7 +129,7 @@ def collect_answers(
     hardware.check_device(device)
     answers = score(
         Request(
-            model=model.model_copy(update={"tokenizer": held_out.tokenizer}),
+            model=model.model_copy(update={"tokenizer": questions.tokenizer}),
             adapter=str(adapter) if adapter else None,
             dtype=hardware.resolve_dtype(weights.dtype, device),
             load_in_4bit=weights.load_in_4bit,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import machine
 from typing import Literal
 
+from tasks.caching.versions import package_versions
 from tasks.config import FinetuneConfig, WeightsConfig
 from tasks.refs import ConfigError, InputError, Model
 from tasks.training.backend import Resolved
@@ -117,17 +116,6 @@ def device_name(device: str) -> str:
     import torch
 
     return torch.cuda.get_device_name() if device == "cuda" else "CPU"
-
-
-def package_versions(names: Iterable[str]) -> dict[str, str]:
-    """{package: version} of those that are installed."""
-    found: dict[str, str] = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def check_model(model: Model) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from typer.testing import CliRunner
 from flows.cli import main as cli
 from flows.cli.main import app
 from flows.reports.history import compare_runs, find_run, first_difference, listing
+from flows.reports.results import Results
 from tasks.caching import runs
 from tasks.caching.context import open_run
-from tasks.refs import Evaluation, InputError
+from tasks.refs import Evaluation, InputError, home
 from tests.support.records import write_record
 from tests.support.tuned import METRICS, artifact_of
 
@@ -89,6 +91,21 @@ def test_runs_are_listed_newest_first_with_how_they_ended() -> None:
             ("a", "completed", 0.5),
         ]
     assert "completed" in CliRunner().invoke(app, ["runs"]).output
+
+
+def of_another_release(record: str) -> str:
+    """The record as 0.1.0 wrote it: the reference alone."""
+    return json.dumps({"result": json.loads(json.loads(record)["result"])["value"]})
+
+
+@pytest.mark.parametrize("spoil", [of_another_release, lambda record: record[:-20], lambda record: "[]"])
+def test_a_run_whose_record_can_not_be_read_is_listed_without_its_figures(spoil: Callable[[str], str]) -> None:
+    run = made("a", 0.5, ["u1"])
+    file = home() / "records" / "a"
+    file.write_text(spoil(file.read_text()))
+    assert [(row["id"], row["state"], row["nll"]) for row in listing()] == [("a", "completed", None)]
+    assert Results(run).seconds(run["stages"][0] | {"state": "cached"}) is None
+    assert CliRunner().invoke(app, ["runs"]).exit_code == 0
 
 
 @pytest.mark.parametrize("options", [[], ["--debug"]])

@@ -9,7 +9,10 @@ import httpx
 import pytest
 
 from flows.reports.ui import Artifacts
-from tasks.caching.events import Detached, Noticed, StepsLogged
+from tasks.caching.events import Detached, Noticed, RunBegan, StepsLogged
+from tasks.caching.runs import Run
+
+BEGAN = RunBegan(Run("demo", {}))
 
 
 def artifacts_at(api: str, flow_run: Any) -> list[tuple[str, Any]]:
@@ -19,7 +22,8 @@ def artifacts_at(api: str, flow_run: Any) -> list[tuple[str, Any]]:
 
 def test_artifact_is_made_once_and_then_updated(prefect_api: str) -> None:
     flow_run = uuid4()
-    shown = Detached(Artifacts(flow_run, "demo"), "the Prefect UI", close_seconds=60)
+    shown = Detached(Artifacts(flow_run), "the Prefect UI", close_seconds=60)
+    shown.hear(BEGAN)
     for text in ("# One", "# Two"):
         shown.hear(Noticed("worker", "steps", text))
     shown.close()
@@ -28,7 +32,8 @@ def test_artifact_is_made_once_and_then_updated(prefect_api: str) -> None:
 
 def test_training_is_shown_as_it_goes(prefect_api: str) -> None:
     flow_run = uuid4()
-    shown = Artifacts(flow_run, "demo")
+    shown = Artifacts(flow_run)
+    shown.hear(BEGAN)
     for step, loss in ((5, 3.5), (10, 2.5)):
         shown.hear(StepsLogged(step, 20, loss, 1.0, 1e-4, 100.0, 7.0))
     shown.close()
@@ -42,9 +47,10 @@ def test_artifacts_go_to_the_server_of_their_maker(prefect_api: str, caplog: pyt
 
     first, second = uuid4(), uuid4()
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
-        away = Detached(Artifacts(first, "demo"), "the Prefect UI", close_seconds=60)
-    here = Detached(Artifacts(second, "demo"), "the Prefect UI", close_seconds=60)
+        away = Detached(Artifacts(first), "the Prefect UI", close_seconds=60)
+    here = Detached(Artifacts(second), "the Prefect UI", close_seconds=60)
     for shown in (away, here):
+        shown.hear(BEGAN)
         shown.hear(Noticed("worker", "steps", "# One"))
         shown.close()
     assert artifacts_at(prefect_api, first) == []

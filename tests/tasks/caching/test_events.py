@@ -97,3 +97,11 @@ def test_the_end_of_a_run_does_not_wait_for_ever(caplog: pytest.LogCaptureFixtur
         pass
     assert caplog.messages == ["the server did not take all that it was told within 0 s; the run ends."]
     slow.release.set()
+
+
+def test_an_observer_that_nothing_is_told_costs_no_thread() -> None:
+    before, slow = threading.active_count(), Slow()
+    detached = Detached(slow, "idle", close_seconds=60)
+    assert threading.active_count() == before
+    detached.close()
+    assert (slow.events, slow.closed) == ([], False)
