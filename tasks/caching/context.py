@@ -86,9 +86,9 @@ def observing(*observers: Observer) -> Generator[None]:
 @contextmanager
 def planning(recipe: str) -> Generator[Plan]:
     """Answer stage calls from their records instead of running them; reasons compare with the recipe's last run."""
-    with within(plan=Plan(recipe)) as planned:
-        assert planned.plan is not None
-        yield planned.plan
+    plan = Plan(recipe)
+    with within(plan=plan):
+        yield plan
 
 
 class RunRecord:

@@ -50,7 +50,7 @@ def resolve_optimizer(wanted: str, device: str) -> str:
 
 def check_backend(name: str) -> None:
     """Refuse the unsloth backend where its library is not installed."""
-    if name == "unsloth" and name not in package_versions(LIBRARIES):
+    if name == "unsloth" and not package_versions([name]):
         raise ConfigError(
             "finetune.backend: Unsloth is not installed: got unsloth; expected an installed backend. "
             'Install it (pip install "amazon-ft[cuda]") or set finetune.backend=hf finetune.gradient_checkpointing=full.'

@@ -9,9 +9,10 @@ import sysconfig
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from functools import cache, cached_property
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import packages_distributions
-from importlib.util import find_spec
+from importlib.util import decode_source, find_spec
+from pathlib import Path
 
 from tasks.caching.code.reach import refusals
 from tasks.caching.code.syntax import FIRST_PARTY, Syntax
@@ -83,11 +84,10 @@ def _without_garbage_collection() -> Generator[None]:
 
 def _source(module: str) -> str:
     spec = find_module(module)
-    loader = spec.loader if spec else None
-    source = loader.get_source(module) if isinstance(loader, SourceFileLoader) else None
-    if source is None:
-        raise PipelineError(f"{module}: source not found; its code decides what is cached. Install amazon-ft with its .py files.")
-    return source
+    with suppress(OSError):
+        if spec is not None and spec.origin is not None and spec.origin.endswith(".py"):
+            return decode_source(Path(spec.origin).read_bytes())
+    raise PipelineError(f"{module}: source not found; its code decides what is cached. Install amazon-ft with its .py files.")
 
 
 @cache

@@ -173,7 +173,7 @@ def test_unsloth_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(
 
 
 def test_without_unsloth_its_recipes_are_refused_with_two_ways_out(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.training.hardware.LIBRARIES", ("torch",))
+    monkeypatch.setattr("tasks.training.hardware.package_versions", lambda _: {})
     with pytest.raises(ConfigError) as caught:
         train(model, tiny_tokens(4), backend="unsloth")
     assert str(caught.value) == (
