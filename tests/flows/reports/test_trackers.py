@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ RECIPE = load_recipe("demo", ["tracking.report_to=mlflow"])
 BOARD = load_recipe("demo", ["tracking.report_to=tensorboard"])
 STEPS = [{"step": step, "loss": 4.0 / step, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens": 50} for step in (1, 2)]
 PATIENCE_SECONDS = 120
+
+
+@pytest.fixture(scope="module", autouse=True)
+def readers() -> None:
+    """What reads the stores, imported before a tracker's own thread may be importing it: mlflow stands no two imports at once."""
+    import_module("mlflow.tracking")
+    import_module("tensorboard.backend.event_processing.event_accumulator")
 
 
 @pytest.fixture
