@@ -69,9 +69,9 @@ def pipeline(recipe: Recipe, tune_there: Callable[[Recipe, Prepared], Tuned] = t
         return save(adapter, evaluation, texts.template, model, model.tokenizer, recipe.save, lineage())
 
 
-def plan_run(recipe: Recipe) -> Plan:
-    """The steps of a run of the recipe, and why; nothing is run."""
-    with planning(recipe.name) as found:
+def plan_run(recipe: Recipe, until: str | None = None) -> Plan:
+    """The steps of a run of the recipe, up to the stage that it is to end with, and why; nothing is run."""
+    with within(until=until), planning(recipe.name) as found, suppress(StageReached):
         pipeline(recipe)
     return found
 

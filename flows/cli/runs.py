@@ -42,7 +42,7 @@ def run(
     last = LastRun()
     try:
         with observing(last, *([Detached(Bar(err), "the bar", close_seconds=5)] if sys.stderr.isatty() else [])):
-            saved = _run_flow(chosen, until, debug)
+            saved = _run_here(chosen, until, debug)
     finally:
         if last.run is not None:
             tables.print_stages(last.run.stages, err)
@@ -50,6 +50,18 @@ def run(
     tables.print_outcome(last.run, chosen, saved, err)
     if as_json:
         typer.echo(json.dumps(tables.summarize_run(last.run, chosen, saved), ensure_ascii=False))
+
+
+def _run_here(recipe: Recipe, until: StageName | None, debug: bool) -> SavedModel | None:
+    """Run the flow, under a server of its own unless PREFECT_API_URL names one; without any where nothing is to be made."""
+    from flows.pipeline import plan_run, tune
+    from flows.whole_run import run_recipe
+    from tasks.caching.stage import OnlyServed
+
+    if not os.environ.get("PREFECT_API_URL") and plan_run(recipe, until).is_cached:
+        _log_to_terminal()
+        return run_recipe(recipe, until, OnlyServed(), tune)
+    return _run_flow(recipe, until, debug)
 
 
 def _run_flow(recipe: Recipe, until: StageName | None, debug: bool) -> SavedModel | None:

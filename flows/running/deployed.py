@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 def flow_run_id() -> UUID | None:
     """The present flow run, if a worker runs it from a deployment."""
+    if "prefect.context" not in sys.modules:  # importing it takes a second, and no flow runs without
+        return None
     from prefect.context import FlowRunContext
 
     context = FlowRunContext.get()

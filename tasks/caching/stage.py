@@ -18,9 +18,9 @@ import inspect
 import json
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic, ParamSpec, TypeVar, cast, get_type_hints
 
 from pydantic import BaseModel
@@ -31,7 +31,7 @@ from tasks.caching.files import space_checked
 from tasks.caching.identity import canonical, code_digests, remember_code, stage_key
 from tasks.caching.plans import Plan, Step, Unknown, changes, code_changes, last_entry
 from tasks.caching.store import Missing, artifacts_of, check
-from tasks.refs import Artifact, Lineage, StageRecord, home
+from tasks.refs import Artifact, Lineage, PipelineError, StageRecord, home
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,23 @@ class Call(Generic[R]):
     key: str
     made: Made[R] | None = None
     miss: str = ""
+
+
+class OnlyServed:
+    """The engine of a run that makes nothing: a plan has found the value of every call in its record."""
+
+    def start(self, stage: Stage[..., R], calls: Sequence[Call[R]]) -> Sequence[Callable[[], Made[R]]]:
+        """Each call's recorded outcome.
+
+        Raises:
+            PipelineError: when a record or an artifact went since the plan.
+        """
+        return [partial(self._serve, stage, call) for call in calls]
+
+    def _serve(self, stage: Stage[..., R], call: Call[R]) -> Made[R]:
+        if call.made is None:
+            raise PipelineError(f"{stage.name}: {call.miss}, though it was there when this run began. Run again.")
+        return call.made
 
 
 def lineage() -> Lineage:
