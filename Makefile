@@ -1,9 +1,12 @@
-# make run: a fine-tuned adapter from nothing.  make test: everything CI checks.  All of it lives in .venv.
+# make run: a fine-tuned adapter from nothing.  make quick: tests while working.  make test: everything CI checks.
+# All of it lives in .venv.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Python compiles what it imports; of torch and its company that is a small part.
+# Python compiles what it imports, once: of torch and its company that is a small part. Where PYTHONDONTWRITEBYTECODE is set,
+# every process would compile it again, which takes longer than all else that it does.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(PIP) install -q --no-compile -c constraints.txt
 # Without an NVIDIA driver, torch's CPU build is preferred where its index can be reached.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -12,7 +15,7 @@ CPU_TORCH = $(shell command -v nvidia-smi >/dev/null 2>&1 || \
 # Unsloth's own dependency lists pull CUDA packages; on a CPU these alone are enough to run its backend.
 UNSLOTH := unsloth==2026.10.9 unsloth_zoo==2026.10.9 cut_cross_entropy==25.1.1
 
-.PHONY: install install-dev install-unsloth run test check lock format clean
+.PHONY: install install-dev install-unsloth run quick test cover check lock format clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "Python %d.%d: expected 3.11 to 3.13; set PYTHON=python3.12" % v)'
@@ -42,8 +45,16 @@ check: install-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-cache
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+quick: install-dev
+	$(PYTEST) -m "not slow" --ignore=tests/e2e
+
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term
+	$(PYTEST) --durations=10
+
+cover: install-dev
+	$(PYTEST) --cov --cov-report=term
 
 lock: install-dev
 	$(PIP) install -q --dry-run --ignore-installed --report $(VENV)/report.json torch==2.13.0 .[dev]

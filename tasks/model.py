@@ -17,8 +17,10 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tasks.caching.files import file_digest
 from tasks.caching.stage import stage
@@ -207,13 +209,17 @@ def rebuild(source: Path, target: Path) -> None:
 
     What depends on the library's version or on the place is left out of the configs, so that equal weights are equal bytes.
     """
+    import gguf
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf = Path(GGUF).name
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
+    file = Path(GGUF).name
+    # transformers 5.17 parses the file four times, and builds the map of names anew for each module: a minute for ten seconds
+    once = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)
+    with patch.object(gguf, "GGUFReader", once[0]), patch.object(gguf, "get_tensor_name_map", once[1]):
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
     tokenizer.eos_token = tokenizer.pad_token = SMOLLM2_EOS
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.model_max_length = model.config.max_position_embeddings

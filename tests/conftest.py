@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.support.database import place_database
+
 settings.register_profile("busy", deadline=None)  # a machine with other work is no failure
 settings.load_profile("busy")
 
@@ -54,6 +56,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a real Prefect server, for this process and those it starts."""
     root = tmp_path_factory.mktemp("prefect")
+    place_database(root, tmp_path_factory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_HOME", str(root))
         patch.setenv("AMAZON_FT_HOME", str(root / "home"))

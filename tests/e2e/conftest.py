@@ -9,6 +9,7 @@ import pytest
 
 from tests.e2e.served import Served, serve
 from tests.e2e.tiny_runs import Tiny, make_tiny
+from tests.support.database import place_database
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +35,9 @@ def fresh(prefect_api: str, tmp_path: Path) -> Tiny:
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """`amazon-ft up`."""
-    with serve(tmp_path_factory.mktemp("served")) as running:
+    root = tmp_path_factory.mktemp("served")
+    place_database(root / "prefect", tmp_path_factory)
+    with serve(root) as running:
         yield running
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +16,7 @@ from flows.running.garbage import collect
 from tasks.caching.manifest import MANIFEST
 from tests.e2e.tiny_runs import Tiny
 from tests.support.checkout import PROJECT
+from tests.support.forked import Forked
 
 TELLS_OF_THE_RUN = (MANIFEST, "README.md", "lineage.json", "recipe.yaml")
 PROGRAM = Path(__file__).with_name("data_stages.py")
@@ -30,9 +29,7 @@ LINGER = """    import os
 """Keeps a written draft unpublished for a while, so that a kill can meet it. The store is outside every stage's code."""
 
 
-def killed_when(
-    process: subprocess.Popen[bytes], happened: Callable[[], bool], generator: random.Random, spread_seconds: float
-) -> bool:
+def killed_when(process: Forked, happened: Callable[[], bool], generator: random.Random, spread_seconds: float) -> bool:
     """SIGKILL a process at a random moment after something happened; False when it ended before."""
     while process.poll() is None:
         if happened():
@@ -44,11 +41,10 @@ def killed_when(
     return False
 
 
-def started(program: list[str], home: Path, checkout: Path) -> subprocess.Popen[bytes]:
+def started(program: list[str], home: Path, checkout: Path) -> Forked:
     """A Python program of a checkout; its directory comes first wherever Python looks for modules."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "AMAZON_FT_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen([sys.executable, *program], env=environment | {"LINGER_SECONDS": "0.4"}, cwd=checkout, **quiet)
+    return Forked(program, env=environment | {"LINGER_SECONDS": "0.4"}, cwd=checkout)
 
 
 def written(home: Path) -> list[str]:

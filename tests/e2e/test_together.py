@@ -5,33 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 from tasks.caching import store
 from tasks.caching.manifest import MANIFEST
 from tasks.refs import Artifact
 from tests.e2e.tiny_runs import Tiny
+from tests.support.forked import Forked
 
 
-def start(tiny: Tiny, *settings: str) -> subprocess.Popen[str]:
+def start(tiny: Tiny, *settings: str) -> Forked:
     arguments = [word for setting in settings for word in ("--set", setting)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "run", str(tiny.recipe), "--json", *arguments],
+    return Forked(
+        ["-m", "flows.cli", "run", tiny.recipe, "--json", *arguments],
         cwd=tiny.checkout.path,
         env={**os.environ, "PYTHONPATH": str(tiny.checkout.path), "AMAZON_FT_HOME": str(tiny.home), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
     )
 
 
-def ends(process: subprocess.Popen[str]) -> tuple[dict[str, str], str]:
+def ends(process: Forked) -> tuple[dict[str, str], str]:
     """{stage: digest} of a run that came to its end, and what it said."""
-    out, said = process.communicate()
-    assert process.returncode == 0, said[-3000:]
-    return {stage["name"]: stage["digest"] for stage in json.loads(out.splitlines()[-1])["stages"]}, said
+    assert process.wait() == 0, process.stderr[-3000:]
+    return {stage["name"]: stage["digest"] for stage in json.loads(process.stdout.splitlines()[-1])["stages"]}, process.stderr
 
 
 def all_intact(home: Path, monkeypatch) -> bool:

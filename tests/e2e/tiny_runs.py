@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import yaml
 
 from tasks.catalogue import lines
 from tasks.config import CatalogueConfig
-from tests.support.checkout import Checkout
+from tests.support.checkout import Checkout, Ended
 from tests.support.tiny import make_tiny_model
 
 RECIPE: dict[str, Any] = {
@@ -49,15 +48,14 @@ class Tiny:
     model: Path
     home: Path
 
-    def run(self, *arguments: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, **options: Any) -> Ended:
         """`amazon-ft run` of the recipe."""
-        return self.checkout.amazon_ft(
-            "run", str(self.recipe), "--json", *arguments, check=check, AMAZON_FT_HOME=str(self.home), OMP_NUM_THREADS="1", **env
-        )
+        own = {"AMAZON_FT_HOME": str(self.home), "OMP_NUM_THREADS": "1"}
+        return self.checkout.amazon_ft("run", str(self.recipe), "--json", *arguments, **own, **options)
 
-    def ran(self, *arguments: str, **env: str) -> dict[str, dict[str, Any]]:
+    def ran(self, *arguments: str, **options: Any) -> dict[str, dict[str, Any]]:
         """{stage: entry} of a run."""
-        last = self.run(*arguments, **env).stdout.splitlines()[-1]
+        last = self.run(*arguments, **options).stdout.splitlines()[-1]
         return {stage["name"]: stage for stage in json.loads(last)["stages"]}
 
     def plan(self, *arguments: str, **env: str) -> dict[str, dict[str, Any]]:

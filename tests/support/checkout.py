@@ -7,11 +7,30 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from tests.support import forked
 
 PROJECT = Path(__file__).parents[2]
+
+
+class Ended(Protocol):
+    """A process that came to its end."""
+
+    @property
+    def returncode(self) -> int | None: ...
+    @property
+    def stdout(self) -> str: ...
+    @property
+    def stderr(self) -> str: ...
+
+
+def run_cold(arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` in a process of its own."""
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, check=False)
 
 
 @dataclass(frozen=True)
@@ -23,7 +42,7 @@ class Checkout:
     @classmethod
     def copy_to(cls, path: Path) -> Checkout:
         for name in ("flows", "tasks", "deployments"):
-            shutil.copytree(PROJECT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(PROJECT / name, path / name)  # bytecode goes with it: it holds for what is not edited
         return cls(path)
 
     def edit(self, file: str, before: str, after: str) -> None:
@@ -37,21 +56,15 @@ class Checkout:
         path = self.path / file
         path.write_text(path.read_text() + text)
 
-    def run(
-        self, *arguments: str, python: str = sys.executable, check: bool = True, **env: str
-    ) -> subprocess.CompletedProcess[str]:
-        """`python ARGUMENTS` in the copy."""
-        result = subprocess.run(
-            [python, *arguments],
-            cwd=self.path,
-            env={**os.environ, "PYTHONPATH": str(self.path), "PYTHONDONTWRITEBYTECODE": "1", **env},
-            capture_output=True,
-            text=True,
-        )
-        assert not check or result.returncode == 0, result.stderr[-4000:]
-        return result
+    def run(self, *arguments: str, check: bool = True, cold: bool = False, **env: str) -> Ended:
+        """`python ARGUMENTS` in the copy, by a process that has the libraries imported, or a cold one."""
+        environment = {**os.environ, "PYTHONPATH": str(self.path), "PYTHONDONTWRITEBYTECODE": "1", **env}
+        start = run_cold if cold else forked.run
+        ended = start(arguments, cwd=self.path, env=environment)
+        assert not check or ended.returncode == 0, ended.stderr[-4000:]
+        return ended
 
-    def amazon_ft(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    def amazon_ft(self, *arguments: str, **options: Any) -> Ended:
         """The command line of the copy."""
         return self.run("-m", "flows.cli", *arguments, **options)
 

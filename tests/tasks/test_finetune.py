@@ -7,8 +7,6 @@ import logging
 import math
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -28,6 +26,8 @@ from tasks.training.checkpoints import checkpoints, is_last, step_of
 from tasks.training.loading import is_in_4bit, load_base
 from tasks.training.validation import best_step, has_stopped_improving
 from tasks.training.watch import DivergenceCheck, StepRecord, read_log
+from tests.support.checkout import PROJECT
+from tests.support.forked import Forked
 from tests.support.prepared import rows_of
 from tests.support.tiny import make_tiny_model, publish_rows, tiny_reference, tiny_row, tiny_tokens
 from tests.support.train_tiny import HELD_OUT_ROWS, inputs, train
@@ -53,10 +53,10 @@ def losses(adapter: Adapter) -> list[tuple[int, float, float]]:
     return [(record.step, record.loss, record.grad_norm) for record in read_log(adapter.log / "train_log.jsonl")]
 
 
-def interrupted(home: Path, model: Model, changes: dict[str, Any], how: signal.Signals) -> subprocess.Popen[bytes]:
+def interrupted(home: Path, model: Model, changes: dict[str, Any], how: signal.Signals) -> Forked:
     """A training in its own process, ended by the signal as soon as its first checkpoint is sealed."""
-    arguments = [sys.executable, "-m", "tests.support.train_tiny", model.path, json.dumps(changes)]
-    process = subprocess.Popen(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    arguments = ["-m", "tests.support.train_tiny", model.path, json.dumps(changes)]
+    process = Forked(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=PROJECT)
     while not list(home.glob("work/*/checkpoint-*/manifest.json")):
         assert process.poll() is None, "the training ended before its first checkpoint"
         time.sleep(0.002)
