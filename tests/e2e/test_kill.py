@@ -20,15 +20,6 @@ from tests.support.forked import Forked
 
 TELLS_OF_THE_RUN = (MANIFEST, "README.md", "lineage.json", "recipe.yaml")
 PROGRAM = Path(__file__).with_name("data_stages.py")
-LINGER = """    import os
-    import time
-
-    time.sleep(float(os.environ.get("LINGER_SECONDS", "0")))
-    manifest = write_manifest(draft.path, kind)
-"""
-"""Keeps a written draft unpublished for a while, so that a kill can meet it. The store is outside every stage's code."""
-
-
 def killed_when(process: Forked, happened: Callable[[], bool], generator: random.Random, spread_seconds: float) -> bool:
     """SIGKILL a process at a random moment after something happened; False when it ended before."""
     while process.poll() is None:
@@ -99,7 +90,7 @@ def is_being_written(home: Path, kind: str) -> bool:
 
 @pytest.mark.slow
 def test_ten_kills_through_the_flow(fresh: Tiny, finished: Tiny) -> None:
-    fresh.checkout.edit("tasks/caching/store.py", "    manifest = write_manifest(draft.path, kind)\n", LINGER)
+    fresh.let_drafts_linger()
     generator, home = random.Random(3), fresh.home
     command = ["-m", "flows.cli", "run", str(fresh.recipe)]
     missed = [

@@ -14,12 +14,12 @@ from tests.e2e.tiny_runs import Tiny
 from tests.support.forked import Forked
 
 
-def start(tiny: Tiny, *settings: str) -> Forked:
+def start(tiny: Tiny, *settings: str, **env: str) -> Forked:
     arguments = [word for setting in settings for word in ("--set", setting)]
     return Forked(
         ["-m", "flows.cli", "run", tiny.recipe, "--json", *arguments],
         cwd=tiny.checkout.path,
-        env={**os.environ, "PYTHONPATH": str(tiny.checkout.path), "AMAZON_FT_HOME": str(tiny.home), "OMP_NUM_THREADS": "1"},
+        env=os.environ | env | {"PYTHONPATH": str(tiny.checkout.path), "AMAZON_FT_HOME": str(tiny.home), "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -38,7 +38,8 @@ def all_intact(home: Path, monkeypatch) -> bool:
 
 
 def test_same_recipe_twice_at_once_trains_once(fresh: Tiny, finished: Tiny, monkeypatch) -> None:
-    both = [start(fresh), start(fresh)]
+    fresh.let_drafts_linger()
+    both = [start(fresh, LINGER_SECONDS="2") for _ in range(2)]
     (first, first_said), (second, second_said) = map(ends, both)
     assert first == second
     alone = finished.ran()

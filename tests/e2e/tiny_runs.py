@@ -38,6 +38,14 @@ RECIPE: dict[str, Any] = {
 }
 
 
+LINGER = """    import os
+    import time
+
+    time.sleep(float(os.environ.get("LINGER_SECONDS", "0")))
+    manifest = write_manifest(draft.path, kind)
+"""
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A source, a model and a recipe of a test's own, a checkout to edit, and a root."""
@@ -61,6 +69,13 @@ class Tiny:
     def plan(self, *arguments: str, **env: str) -> dict[str, dict[str, Any]]:
         """{stage: step} of a plan."""
         return self.checkout.plan(str(self.recipe), *arguments, AMAZON_FT_HOME=str(self.home), **env)
+
+    def let_drafts_linger(self) -> None:
+        """Keep written drafts unpublished for LINGER_SECONDS, so that a kill or another run can meet them.
+
+        The store is outside every stage's code.
+        """
+        self.checkout.edit("tasks/caching/store.py", "    manifest = write_manifest(draft.path, kind)\n", LINGER)
 
     def copy_to(self, path: Path) -> Tiny:
         """The same with everything copied, the source's and the model's times included."""

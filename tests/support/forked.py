@@ -8,15 +8,18 @@ imported, Unsloth patches what it finds imported, and Prefect reads its settings
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 LIBRARIES = [
     "accelerate",
@@ -49,8 +52,9 @@ class Forked:
     """A program that was started; as much of subprocess.Popen as tests ask for."""
 
     def __init__(self, arguments: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str]) -> None:
-        self._folder = TemporaryDirectory()
-        self._outputs = (Path(self._folder.name, "stdout"), Path(self._folder.name, "stderr"))
+        folder = Path(mkdtemp())
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._outputs = (folder / "stdout", folder / "stderr")
         told = (list(map(str, arguments)), str(cwd), dict(env), list(map(str, self._outputs)))
         self._process = _server.Process(target=_become, args=told)
         self._process.start()
@@ -97,6 +101,7 @@ def run(arguments: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str]) -
 
 def _become(arguments: list[str], cwd: str, env: dict[str, str], outputs: list[str]) -> None:
     """Be `python ARGUMENTS`: `-m MODULE ...`, `-c CODE ...` or `PROGRAM ...`."""
+    gc.freeze()  # what was imported stays; collecting it again and again would take longer than a plan
     for number, output in enumerate(outputs, start=1):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
