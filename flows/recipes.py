@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from flows.choices import StageName
 from tasks.caching.identity import canonical
 from tasks.config import PASSWORD, Recipe
 from tasks.refs import ConfigError
@@ -23,28 +23,20 @@ SHIPPED = Path(__file__).parents[1] / "deployments" / "recipes"
 """Beside the packages, in a checkout as in an installed wheel."""
 
 
-class StageName(StrEnum):
-    """Where a run may end."""
-
-    INGEST = "ingest"
-    SAMPLE = "sample"
-    SHAREGPT = "sharegpt"
-    TEMPLATE = "template"
-    TOKENIZE = "tokenize"
-    PACK = "pack"
-    FINETUNE = "finetune"
-    BASELINE = "baseline"
-    EVALUATE = "evaluate"
-    SAVE = "save"
-
-
 def check_until(until: str | None, recipe: Recipe) -> None:
     """Refuse to end with a stage that the recipe does not have: the run would go on to the end.
 
     Raises:
         ConfigError: naming those that it has.
     """
-    stages = [stage.value for stage in StageName if stage is not StageName.PACK or recipe.pack]
+    from tasks.model import SMOLLM2
+
+    left_out = {
+        StageName.CATALOGUE: recipe.catalogue is None,
+        StageName.FETCH_MODEL: recipe.model.id != SMOLLM2,
+        StageName.PACK: recipe.pack is None,
+    }
+    stages = [stage.value for stage in StageName if not left_out.get(stage)]
     if until is not None and until not in stages:
         raise ConfigError(f"until: no such stage in recipe {recipe.name}: got {until}; expected one of {', '.join(stages)}.")
 

@@ -18,6 +18,7 @@ from uuid import uuid4
 import pytest
 import yaml
 
+from flows.choices import PoolType
 from flows.recipes import shipped_names
 from flows.running import pools
 from flows.server import deploy
@@ -69,7 +70,7 @@ def test_data_directory_is_the_given_one_or_where_the_worker_started(monkeypatch
 
 
 def test_every_pool_type_has_templates_for_both_pools() -> None:
-    for kind in deploy.PoolType:
+    for kind in PoolType:
         assert deploy.template_of(kind, pools.CPU_POOL).is_file()
         assert deploy.template_of(kind, pools.CUDA_POOL).is_file()
 

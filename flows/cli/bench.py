@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -11,26 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from flows.choices import Against, Held
+
 if TYPE_CHECKING:
     from tasks.refs import Model
 
 app = typer.Typer(no_args_is_help=True, help="Measure, on this machine.")
-
-
-class Against(StrEnum):
-    """The other side of a comparison."""
-
-    DOCUMENT = "document"
-
-
-class Held(StrEnum):
-    """How the base model's matrices lie in memory (finetune.frozen_weights)."""
-
-    AUTO = "auto"
-    PLAIN = "plain"
-    FP8 = "fp8"
-    FP8_BACKWARD = "fp8-backward"
-    NF4 = "nf4"
 
 
 @app.callback()

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flows.cli import tables
 from flows.cli.options import AsJson
 
 app = typer.Typer(no_args_is_help=True, help="What lies under AMAZON_FT_HOME, and what may go.")
@@ -17,13 +16,14 @@ app = typer.Typer(no_args_is_help=True, help="What lies under AMAZON_FT_HOME, an
 @app.command("ls")
 def cache_ls(as_json: AsJson = False) -> None:
     """Sizes by stage, and which runs refer to what."""
+    from flows.cli.tables import print_inventory
     from flows.running.garbage import inventory
 
     entries = inventory()
     if as_json:
         typer.echo(json.dumps([vars(entry) for entry in entries], ensure_ascii=False))
     else:
-        tables.print_inventory(entries, Console())
+        print_inventory(entries, Console())
 
 
 @app.command("gc")
@@ -33,7 +33,8 @@ def cache_gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
     """Remove what no kept run and no running one refers to."""
+    from flows.cli.tables import print_removed
     from flows.running.garbage import collect, parse_age
 
     removed = collect(keep_last, parse_age(older_than), dry_run=dry_run)
-    tables.print_removed(removed, Console(), dry_run=dry_run)
+    print_removed(removed, Console(), dry_run=dry_run)

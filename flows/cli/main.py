@@ -9,7 +9,6 @@ import typer
 
 from flows.cli import bench, cache, models, runs, servers
 from flows.cli.options import FAILED, INTERRUPTED, WRONG_INPUT, Debug, err
-from tasks.refs import ConfigError, InputError, PipelineError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,14 +36,8 @@ def main() -> None:
     except KeyboardInterrupt:
         err.print("interrupted; finished stages are kept")
         sys.exit(INTERRUPTED)
-    except PipelineError as error:
-        _fail(error, str(error), WRONG_INPUT if isinstance(error, (ConfigError, InputError)) else FAILED)
     except Exception as error:
-        _fail(
-            error,
-            f"{type(error).__name__}: {error}\nThis is not your doing: run amazon-ft --debug ... for the stack trace.",
-            FAILED,
-        )
+        _fail(error)
 
 
 def _reach_this_machine_directly() -> None:
@@ -54,8 +47,15 @@ def _reach_this_machine_directly() -> None:
         os.environ[name] = ",".join(filter(None, dict.fromkeys([*listed, "127.0.0.1", "localhost"])))
 
 
-def _fail(error: Exception, message: str, code: int) -> None:
+def _fail(error: Exception) -> None:
     if "--debug" in sys.argv:
         raise error
+    from tasks.refs import ConfigError, InputError, PipelineError
+
+    if isinstance(error, PipelineError):
+        message, code = str(error), WRONG_INPUT if isinstance(error, (ConfigError, InputError)) else FAILED
+    else:
+        advice = "This is not your doing: run amazon-ft --debug ... for the stack trace."
+        message, code = f"{type(error).__name__}: {error}\n{advice}", FAILED
     err.print(message, style="red", markup=False, highlight=False)
     sys.exit(code)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from flows.choices import Format
 from flows.cli.options import err
-from flows.models.export import Format
 from flows.running.bars import hide_bars
 
 app = typer.Typer()

@@ -11,19 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 
-from flows.cli import tables
+from flows.choices import StageName
 from flows.cli.options import AsJson, Debug, Overrides, RecipeName, err
-from flows.cli.terminal import Bar, LastRun
-from flows.recipes import StageName, check_until, load_recipe
 from flows.running.bars import hide_bars
-from tasks.caching.context import observing
-from tasks.caching.events import Detached
-from tasks.refs import SavedModel
 
 if TYPE_CHECKING:
     from tasks.config import Recipe
+    from tasks.refs import SavedModel
 
 app = typer.Typer()
 
@@ -37,6 +32,12 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a recipe here, in this process: only what failed or changed is run again."""
+    from flows.cli import tables
+    from flows.cli.terminal import Bar, LastRun
+    from flows.recipes import check_until, load_recipe
+    from tasks.caching.context import observing
+    from tasks.caching.events import Detached
+
     chosen = load_recipe(recipe, overrides or ())
     check_until(until, chosen)
     last = LastRun()
@@ -80,6 +81,8 @@ def _run_flow(recipe: Recipe, until: StageName | None, debug: bool) -> SavedMode
 
 def _log_to_terminal() -> None:
     """One plain line a message; after Prefect has configured logging, which replaces the handlers."""
+    from rich.logging import RichHandler
+
     handler = RichHandler(console=err, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)
     for name in ("tasks", "flows"):
         logger = logging.getLogger(name)
@@ -90,7 +93,9 @@ def _log_to_terminal() -> None:
 @app.command()
 def plan(recipe: RecipeName = "default", overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say which stages a run would run, and why; nothing is run."""
+    from flows.cli import tables
     from flows.pipeline import plan_run
+    from flows.recipes import load_recipe
 
     found = plan_run(load_recipe(recipe, overrides or ()))
     if as_json:

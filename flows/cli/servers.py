@@ -8,10 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flows.cli import tables
+from flows.choices import PoolType
 from flows.cli.options import FAILED, AsJson, Overrides, RecipeName, err
-from flows.recipes import load_recipe
-from flows.server.deploy import PoolType
 
 app = typer.Typer()
 
@@ -70,6 +68,8 @@ def deploy(
 @app.command()
 def doctor(recipe: RecipeName = "default", overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say what a run of the recipe would miss here; exit code 1 if anything."""
+    from flows.cli import tables
+    from flows.recipes import load_recipe
     from flows.running.doctor import examine
 
     found = examine(load_recipe(recipe, overrides or ()))

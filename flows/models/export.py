@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import yaml
 
+from flows.choices import Format
 from flows.models.saved import Saved
 from tasks.caching.files import space_checked
 from tasks.caching.manifest import MANIFEST
@@ -40,14 +40,6 @@ print(generate([{"role": "user", "content": "..."}], max_new_tokens=128)[0]["gen
     "gguf": ("gguf", """# llama-cli -m model.gguf --jinja"""),
 }
 """{format: (library_name of its card, how to use it)}."""
-
-
-class Format(StrEnum):
-    """The form that a model is written in."""
-
-    MERGED = "merged-16bit"
-    GGUF = "gguf"
-    ADAPTER = "adapter"
 
 
 def export_model(saved: Saved, how: Format, out: Path) -> Difference:

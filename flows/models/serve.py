@@ -12,7 +12,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from flows.models.export import Format, announce, export_model
+from flows.choices import Format
+from flows.models.export import announce, export_model
 from flows.models.saved import Saved
 from tasks.caching.files import file_digest, text_digest
 from tasks.caching.locks import locked

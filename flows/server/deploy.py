@@ -11,12 +11,12 @@ import logging
 import os
 import subprocess
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from flows.choices import PoolType
 from flows.recipes import SHIPPED, load_recipe, shipped_names
 from flows.running.bars import hide_bars
 from flows.running.pools import CPU_POOL, CUDA_POOL
@@ -36,14 +36,6 @@ DEPLOYMENTS = SHIPPED.parent
 PREFECT_FILE = DEPLOYMENTS / "prefect.yaml"
 SEAL = "$comment"
 """Where the variables of a job template, a JSON Schema, hold the digest of what we wrote; who reads the schema passes it over."""
-
-
-class PoolType(StrEnum):
-    """Where the runs of a pool live; each has a job template in deployments/pools/."""
-
-    PROCESS = "process"
-    DOCKER = "docker"
-    KUBERNETES = "kubernetes"
 
 
 def read_recipes() -> dict[str, Any]:

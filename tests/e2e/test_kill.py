@@ -20,6 +20,8 @@ from tests.support.forked import Forked
 
 TELLS_OF_THE_RUN = (MANIFEST, "README.md", "lineage.json", "recipe.yaml")
 PROGRAM = Path(__file__).with_name("data_stages.py")
+
+
 def killed_when(process: Forked, happened: Callable[[], bool], generator: random.Random, spread_seconds: float) -> bool:
     """SIGKILL a process at a random moment after something happened; False when it ended before."""
     while process.poll() is None:

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from flows.choices import Format
 from flows.cli.main import app
-from flows.models.export import Format, card, export_model, push_to_hub
+from flows.models.export import card, export_model, push_to_hub
 from flows.models.saved import Saved, find_saved
 from tasks.reading.model_files import read_json
 from tasks.refs import ConfigError, InputError, PipelineError

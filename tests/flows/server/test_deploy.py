@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from flows.choices import PoolType
 from flows.server import deploy
 from tests.support.checkout import PROJECT
 
@@ -74,11 +75,11 @@ def ship_another(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_edited_template_is_kept_and_how_to_take_ours_is_said(
     client: SyncPrefectClient, prefect_api: str, caplog: pytest.LogCaptureFixture, before: str
 ) -> None:
-    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    deploy.set_up_pools(PoolType.PROCESS, 1)
     if before == "of 0.1.0":
         put_template(prefect_api, SHIPPED)
     edited = edit(prefect_api)
-    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    deploy.set_up_pools(PoolType.PROCESS, 1)
     assert template_on(prefect_api) == edited
     assert [record.getMessage() for record in caplog.records if record.name == "flows.server.deploy"] == [
         "work pool cpu: its job template was edited on the server and is kept. For ours in its place: amazon-ft deploy --pools "
@@ -89,9 +90,9 @@ def test_an_edited_template_is_kept_and_how_to_take_ours_is_said(
 def test_a_template_that_nobody_edited_follows_a_new_version(
     client: SyncPrefectClient, prefect_api: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    deploy.set_up_pools(PoolType.PROCESS, 1)
     ship_another(tmp_path / "next", monkeypatch)
-    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    deploy.set_up_pools(PoolType.PROCESS, 1)
     assert all("a new version" in variables_on(prefect_api, pool)["working_dir"]["description"] for pool in POOLS)
     assert not caplog.records
 
@@ -102,34 +103,34 @@ def test_a_template_of_0_1_0_is_ours_as_long_as_it_is_the_shipped_one(
     from prefect.client.schemas.actions import WorkPoolCreate
 
     client.create_work_pool(WorkPoolCreate(name="cpu", type="process", base_job_template=SHIPPED))
-    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    deploy.set_up_pools(PoolType.PROCESS, 1)
     ship_another(tmp_path / "next", monkeypatch)
-    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    deploy.set_up_pools(PoolType.PROCESS, 1)
     assert "a new version" in variables_on(prefect_api)["working_dir"]["description"]
 
 
 def test_an_edit_is_still_one_when_a_new_version_comes(
     client: SyncPrefectClient, prefect_api: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    deploy.set_up_pools(PoolType.PROCESS, 1)
     edited = edit(prefect_api)
     ship_another(tmp_path / "next", monkeypatch)
-    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    deploy.set_up_pools(PoolType.PROCESS, 1)
     assert template_on(prefect_api) == edited
 
 
 def test_the_number_of_trainings_is_brought_up_to_date_beside_an_edited_template(
     client: SyncPrefectClient, prefect_api: str
 ) -> None:
-    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    deploy.set_up_pools(PoolType.PROCESS, 1)
     put_template(prefect_api, edited := template_on(prefect_api, "cuda") | {"mine": True}, "cuda")
-    deploy.set_up_pools(deploy.PoolType.PROCESS, 3)
+    deploy.set_up_pools(PoolType.PROCESS, 3)
     assert client.read_work_pool("cuda").concurrency_limit == 3
     assert template_on(prefect_api, "cuda") == edited
 
 
 def test_what_we_write_is_the_shipped_template_and_its_digest(client: SyncPrefectClient, prefect_api: str) -> None:
-    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    deploy.set_up_pools(PoolType.PROCESS, 1)
     written = template_on(prefect_api)
     assert written["variables"].pop("$comment").startswith("amazon-ft ")
     assert written == SHIPPED
@@ -148,7 +149,7 @@ def test_the_command_keeps_an_edited_template_unless_it_is_told_to_overwrite(cli
         assert done.returncode == 0, done.stderr
         return done.stderr
 
-    deploy.set_up_pools(deploy.PoolType.PROCESS, 1)
+    deploy.set_up_pools(PoolType.PROCESS, 1)
     edited = edit(prefect_api)
     assert "work pool cpu: its job template was edited on the server and is kept." in command()
     assert template_on(prefect_api) == edited

@@ -1,0 +1,54 @@
+"""What a command may be told to do: names only, so that `--help` imports nothing heavy."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class StageName(StrEnum):
+    """Where a run may end."""
+
+    CATALOGUE = "catalogue"
+    FETCH_MODEL = "fetch_model"
+    INGEST = "ingest"
+    SAMPLE = "sample"
+    SHAREGPT = "sharegpt"
+    TEMPLATE = "template"
+    TOKENIZE = "tokenize"
+    PACK = "pack"
+    FINETUNE = "finetune"
+    BASELINE = "baseline"
+    EVALUATE = "evaluate"
+    SAVE = "save"
+
+
+class PoolType(StrEnum):
+    """Where the runs of a pool live; each has a job template in deployments/pools/."""
+
+    PROCESS = "process"
+    DOCKER = "docker"
+    KUBERNETES = "kubernetes"
+
+
+class Format(StrEnum):
+    """The form that a model is written in."""
+
+    MERGED = "merged-16bit"
+    GGUF = "gguf"
+    ADAPTER = "adapter"
+
+
+class Against(StrEnum):
+    """The other side of a comparison."""
+
+    DOCUMENT = "document"
+
+
+class Held(StrEnum):
+    """How the base model's matrices lie in memory (finetune.frozen_weights)."""
+
+    AUTO = "auto"
+    PLAIN = "plain"
+    FP8 = "fp8"
+    FP8_BACKWARD = "fp8-backward"
+    NF4 = "nf4"
