@@ -34,6 +34,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files that changed, and print what changed")
 
 
+TOGETHER = {
+    "test_deployed.py": "served",
+    "test_outage.py": "served",
+    **dict.fromkeys(("test_rerun.py", "test_kill.py", "test_together.py", "test_portable.py"), "finished"),
+}
+"""{file: the fixture that it shares with others}; the rest of the files share nothing, each is a group of its own."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one process run what shares a server or a finished run, those first; for `--dist loadgroup`."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(TOGETHER.get(item.path.name, str(item.path))))
+    items.sort(key=lambda item: item.path.name not in TOGETHER)
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """AMAZON_FT_HOME of the test."""

@@ -91,7 +91,7 @@ def test_artifacts_of_both_runs_are_readable(served: Served, finished_run: str) 
     data = {key.removeprefix("demo-"): row["data"] for key, row in shown.items()}
     assert "set aside: malformed | 2 " in data["source"]
     assert "⟦" in data["rows"]
-    assert "Responda à pergunta" in data["rows"]
+    assert "Describe the product." in data["rows"]
     assert "data:image/svg+xml;base64," in data["token-lengths"]
     assert "| nats per token |" in data["evaluation"]
     assert "| finetune | cached |" in data["stages"]

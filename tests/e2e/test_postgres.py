@@ -1,4 +1,8 @@
-"""The tests of test_deployed.py again, with the server's data in PostgreSQL, as a team's server has it."""
+"""With the server's data in PostgreSQL, as a team's server has it: of test_deployed.py what differs there, and lost connections.
+
+What differs: the storage of runs, logs and artifacts, the transitions that server, workers and runs ask for at once, and the pool
+of connections. What a failure says, or what becomes of a killed process, is decided before anything is stored.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,12 +21,7 @@ import pytest
 from tests.e2e.served import Served, serve
 from tests.e2e.test_deployed import (
     finished_run,
-    test_artifacts_of_both_runs_are_readable,
     test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint,
-    test_failure_of_the_training_reaches_the_parent_in_its_own_words,
-    test_killed_training_crashes_the_run_and_a_retry_reruns_only_that,
-    test_killed_worker_crashes_its_run_with_the_cause_and_up_starts_it_again,
-    test_missing_worker_is_said_with_the_command_that_starts_one,
     test_run_completes_and_trains_on_the_cuda_pool,
     test_second_run_is_all_cached_without_a_child,
 )
@@ -28,9 +29,37 @@ from tests.e2e.test_deployed import (
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
 
+CLOSE_ALL = """
+select count(pg_terminate_backend(pid)) from pg_stat_activity where usename = 'prefect' and pid <> pg_backend_pid()
+"""
+
+
+@dataclass(frozen=True)
+class Postgres:
+    """A running PostgreSQL."""
+
+    folder: str
+    port: str
+
+    @property
+    def url(self) -> str:
+        return f"postgresql+asyncpg://prefect@127.0.0.1:{self.port}/prefect"
+
+    def run(self, program: str, *arguments: str) -> str:
+        """What one of PostgreSQL's programs printed, run as its user where this is root."""
+        user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+        done = subprocess.run(
+            [*user, str(BINARIES[-1] / program), *arguments], check=True, stdout=subprocess.PIPE, cwd="/", text=True
+        )
+        return done.stdout
+
+    def ask(self, query: str) -> str:
+        return self.run("psql", "-h", "127.0.0.1", "-p", self.port, "-U", "prefect", "-At", "-c", query, "prefect")
+
+
 @pytest.fixture(scope="module")
-def postgres() -> Iterator[str]:
-    """URL of a real PostgreSQL of the test's own, in a directory that its user can reach; it refuses to run as root."""
+def postgres() -> Iterator[Postgres]:
+    """A real PostgreSQL of the test's own, in a directory that its user can reach; it refuses to run as root."""
     if not BINARIES:
         pytest.skip("PostgreSQL's binaries are not in /usr/lib/postgresql")
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
@@ -39,39 +68,41 @@ def postgres() -> Iterator[str]:
         probe.close()
         if os.geteuid() == 0:
             shutil.chown(folder, "postgres")
-        run("initdb", "-D", f"{folder}/data", "-U", "prefect", "--auth=trust", "--no-sync")
+        database = Postgres(folder, port)
+        database.run("initdb", "-D", f"{folder}/data", "-U", "prefect", "--auth=trust", "--no-sync")
         options = f"-c listen_addresses=127.0.0.1 -p {port} -k {folder} -c fsync=off"
-        run("pg_ctl", "-D", f"{folder}/data", "-w", "-l", f"{folder}/log", "-o", options, "start")
+        log = str(Path(folder, "log"))
+        database.run("pg_ctl", "-D", f"{folder}/data", "-w", "-l", log, "-o", options, "start")
         try:
-            run("createdb", "-h", "127.0.0.1", "-p", port, "-U", "prefect", "prefect")
-            yield f"postgresql+asyncpg://prefect@127.0.0.1:{port}/prefect"
+            database.run("createdb", "-h", "127.0.0.1", "-p", port, "-U", "prefect", "prefect")
+            yield database
         finally:
-            run("pg_ctl", "-D", f"{folder}/data", "-m", "fast", "stop")
-
-
-def run(program: str, *arguments: str) -> None:
-    """One of PostgreSQL's programs, as its user where this is root."""
-    user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-    command = [*user, str(BINARIES[-1] / program), *arguments]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/")
+            database.run("pg_ctl", "-D", f"{folder}/data", "-m", "fast", "stop")
 
 
 @pytest.fixture(scope="module")
-def served(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """`amazon-ft up` without its pages, on that database."""
-    with serve(tmp_path_factory.mktemp("served"), "--no-ui", "--database-url", postgres) as running:
+    with serve(tmp_path_factory.mktemp("served"), "--no-ui", "--database-url", postgres.url) as running:
         yield running
         assert not (running.root / "prefect" / "prefect.db").exists()
 
 
+def test_run_outlives_lost_connections_to_the_database(served: Served, postgres: Postgres, long: list[str]) -> None:
+    run = served.start(*long, "finetune.max_steps=300", "finetune.seed=3")
+    child = served.training(run)
+    lost = 0
+    for _ in range(4):
+        lost += int(postgres.ask(CLOSE_ALL))
+        time.sleep(0.5)
+    assert lost >= 4, "each time the server had opened a new one"
+    assert served.ended(child)["state_type"] == "COMPLETED", served.run(child)["state"]
+    assert served.ended(run)["state_type"] == "COMPLETED", served.run(run)["state"]
+
+
 __all__ = [
     "finished_run",
-    "test_artifacts_of_both_runs_are_readable",
     "test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint",
-    "test_failure_of_the_training_reaches_the_parent_in_its_own_words",
-    "test_killed_training_crashes_the_run_and_a_retry_reruns_only_that",
-    "test_killed_worker_crashes_its_run_with_the_cause_and_up_starts_it_again",
-    "test_missing_worker_is_said_with_the_command_that_starts_one",
     "test_run_completes_and_trains_on_the_cuda_pool",
     "test_second_run_is_all_cached_without_a_child",
 ]
