@@ -1,4 +1,4 @@
-"""What a command may be told to do: names only, so that `--help` imports nothing heavy."""
+"""The choices that a command offers: names only, so that `--help` imports nothing heavy."""
 
 from __future__ import annotations
 

@@ -27,9 +27,14 @@ class AskOptions:
 
 
 def answer_titles(saved: Saved, options: AskOptions, *, read: Callable[[str], str], say: Callable[[str], None]) -> None:
-    """Answer the title of the options, else each that is read until an empty line or the end of the input."""
+    """Answer the title of the options, else each that is read until an empty line or the end of the input.
+
+    Raises:
+        InputError: for an empty title, or a question where the model was trained without.
+    """
     from tasks.training.inference.chat import load_chat_model
 
+    check_question(saved.recipe, options.question)
     if options.title is not None:
         render_title(saved.recipe, options.title)  # a mistake is told before minutes of loading
     model = load_chat_model(saved.path, saved.base(), saved.recipe.model.weights)
@@ -52,6 +57,20 @@ def render_title(recipe: Recipe, title: str) -> str:
     blocks = parse_merged_prompt(recipe.sharegpt.merged_prompt, COLUMNS)
     product = pa.RecordBatch.from_pydict({"title": [title.strip()], "content": [""]})
     return str(merge_columns(product, blocks)[0].as_py())
+
+
+def check_question(recipe: Recipe, question: str | None) -> None:
+    """Refuse a question that no prompt would hold.
+
+    Raises:
+        InputError: then.
+    """
+    from tasks.text.chat_template import QUESTION
+
+    if question is not None and QUESTION not in recipe.template.chat_template:
+        raise InputError(
+            f"--question: got {question}; expected none: this model's chat_template has no {QUESTION}. Leave it out."
+        )
 
 
 def _titles(read: Callable[[str], str]) -> Iterator[str]:

@@ -71,8 +71,13 @@ def test_a_password_in_a_url_is_refused_and_not_shown(recipe: Path, override: st
 
 def test_a_run_ends_only_with_a_stage_that_it_has() -> None:
     check_until("pack", load_recipe("fast", ["ingest.sources=a.json"]))
-    with pytest.raises(ConfigError, match=r"until: no such stage in recipe demo: got pack; expected one of ingest, sample"):
+    with pytest.raises(
+        ConfigError,
+        match=r"until: no such stage in recipe demo: got pack; expected one of catalogue, fetch_",
+    ):
         check_until("pack", load_recipe("demo"))
+    with pytest.raises(ConfigError, match="got catalogue; expected one of ingest"):
+        check_until("catalogue", load_recipe("default", ["ingest.sources=a.json"]))
     with pytest.raises(ConfigError, match="got tokenise"):
         check_until("tokenise", load_recipe("demo"))
 

@@ -13,6 +13,7 @@ import pytest
 
 from flows.running.bars import SWITCHES
 from tests.e2e.tiny_runs import Tiny, make_tiny
+from tests.support import forked
 from tests.support.checkout import PROJECT
 
 FLOW_RUN = """
@@ -82,7 +83,10 @@ def test_the_log_of_a_workers_flow_run_has_no_bars(tiny: Tiny, ran: Ended) -> No
 
 def test_a_base_model_named_relative_to_the_run_is_found_from_elsewhere(tiny: Tiny, ran: Ended, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()  # another of that name, and no model
-    amazon_ft(tiny, tmp_path, "ask", "tiny", "--title", "Chaleira", "--max-new-tokens", "2")
+    env = os.environ | {"AMAZON_FT_HOME": str(tiny.home), "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    words = ["ask", "tiny", "--title", "Chaleira", "--max-new-tokens", "2"]
+    ended = forked.run(["-m", "flows.cli", *words], cwd=tmp_path, env=env)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_the_log_of_an_export_has_no_bars(tiny: Tiny, ran: Ended, tmp_path: Path) -> None:

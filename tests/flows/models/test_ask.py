@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from flows.cli.main import app
-from flows.models.ask import render_title
+from flows.models.ask import check_question, render_title
 from flows.models.saved import find_saved
 from flows.recipes import load_recipe
+from tasks.config import TemplateConfig
 from tasks.refs import InputError
 from tasks.training.inference.chat import ChatModel, load_chat_model
 from tests.support.tuned import save_tuned
@@ -18,7 +20,7 @@ from tests.support.tuned import save_tuned
 
 @pytest.fixture
 def asked(tuned: tuple[Path, Path]) -> ChatModel:
-    save_tuned(*tuned)
+    save_tuned(*tuned, **{"template.chat_template": json.dumps(TemplateConfig().chat_template)})
     saved = find_saved("demo")
     return load_chat_model(saved.path, saved.base(), saved.recipe.model.weights)
 
@@ -79,3 +81,10 @@ def test_a_title_is_asked_as_the_recipe_renders_it() -> None:
 def test_an_empty_title_is_refused() -> None:
     with pytest.raises(InputError, match="expected a product's title"):
         render_title(load_recipe("demo"), " ")
+
+
+def test_a_question_is_refused_where_the_template_has_none() -> None:
+    check_question(load_recipe("demo"), None)
+    check_question(load_recipe("default", ["ingest.sources=trn.json"]), "De que é feita?")
+    with pytest.raises(InputError, match=r"--question: got Why\?; expected none: this model's chat_template has no \{question\}"):
+        check_question(load_recipe("demo"), "Why?")

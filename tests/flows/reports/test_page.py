@@ -35,7 +35,7 @@ from tests.support.tuned import METRICS, artifact_of
 
 HOSTILE = "<script>alert('tuned')</script>"
 INTERVAL = {"nll_low": 0.125, "nll_high": 0.375}
-RECIPE = load_recipe("demo")
+RECIPE = load_recipe("demo", ["finetune.batch_size=4"])
 
 
 def saved_model() -> SavedModel:

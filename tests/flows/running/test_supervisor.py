@@ -13,6 +13,7 @@ import pytest
 
 from flows.running.supervisor import end_processes, guarded
 from tests.support.checkout import PROJECT
+from tests.support.database import place_database
 
 GUARDED = """
 import subprocess
@@ -59,8 +60,11 @@ def test_guarded_process_ends_with_a_parent_that_is_killed(inner: str) -> None:
     child_of_a_killed_parent("-c", GUARDED.format(inner=inner)).wait(120)
 
 
-def test_prefect_server_ends_with_a_parent_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefect_server_ends_with_a_parent_that_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    place_database(tmp_path / "prefect", tmp_path_factory)
     server = child_of_a_killed_parent("-c", SERVER, PREFECT_HOME=str(tmp_path / "prefect"))
     server.wait(120)
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from flows.choices import PoolType
+from flows.cli.main import app
 from flows.server import deploy
 from tests.support.checkout import PROJECT
 
@@ -136,18 +135,19 @@ def test_what_we_write_is_the_shipped_template_and_its_digest(client: SyncPrefec
     assert written == SHIPPED
 
 
-def test_the_command_keeps_an_edited_template_unless_it_is_told_to_overwrite(client: SyncPrefectClient, prefect_api: str) -> None:
+def test_the_command_keeps_an_edited_template_unless_it_is_told_to_overwrite(
+    client: SyncPrefectClient, prefect_api: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The deployments, which it registers too, are test_deployed.py's."""
+    monkeypatch.setenv("PREFECT_API_URL", prefect_api)
+    monkeypatch.setattr(deploy, "register", lambda: None)
+
     def command(*options: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "flows.cli", "deploy", *options],
-            env=os.environ | {"PREFECT_API_URL": prefect_api},
-            cwd=PROJECT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stderr
+        caplog.clear()
+        done = CliRunner().invoke(app, ["deploy", *options])
+        assert done.exit_code == 0, done.output
+        assert f"registered at {prefect_api}: work pools cpu and cuda" in " ".join(done.stderr.split())
+        return caplog.text
 
     deploy.set_up_pools(PoolType.PROCESS, 1)
     edited = edit(prefect_api)
