@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.support.database import place_database
 
@@ -39,15 +41,25 @@ TOGETHER = {
     "test_outage.py": "served",
     **dict.fromkeys(("test_rerun.py", "test_kill.py", "test_together.py", "test_portable.py"), "finished"),
 }
-"""{file: the fixture that it shares with others}; the rest of the files share nothing, each is a group of its own."""
+"""{file: the fixture that it shares with others}; the rest of the files share nothing."""
 
 
-@pytest.hookimpl(tryfirst=True)
+class BySharedFixture(LoadScopeScheduling):
+    """Lets one process run a file, or the files that share a server or a finished run."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return TOGETHER.get(Path(file).name, file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> BySharedFixture:
+    return BySharedFixture(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one process run what shares a server or a finished run, those first; for `--dist loadgroup`."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(TOGETHER.get(item.path.name, str(item.path))))
-    items.sort(key=lambda item: item.path.name not in TOGETHER)
+    """Put what takes longest first: none of two processes shall wait for the other at the end."""
+    items.sort(key=lambda item: (item.path.name not in TOGETHER, "e2e" not in item.path.parts))
 
 
 @pytest.fixture(autouse=True)
