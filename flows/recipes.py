@@ -90,6 +90,20 @@ def override(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
     return build_recipe(recipe.model_dump(mode="json"), changes) if changes else recipe
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping; YAML has none, and PyYAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the base does, of keys that differ."""
+        seen: list[Any] = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key} stands twice", key_node.start_mark)
+            seen.append(key)
+        return super().construct_mapping(node, deep)
+
+
 def _read(name_or_file: str) -> dict[str, Any]:
     path = Path(name_or_file)
     if path.suffix not in (".yaml", ".yml"):
@@ -97,9 +111,11 @@ def _read(name_or_file: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"recipe {name_or_file}: not found; expected one of {', '.join(shipped_names())} or a .yaml file")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {path}: not YAML: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"recipe {path}: nested too deeply; expected a mapping of sections") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"recipe {path}: got {type(settings).__name__}; expected a mapping of sections")
     return {"name": path.stem, **cast("dict[str, Any]", settings)}

@@ -10,7 +10,7 @@ Source of the default values: the document's recipe (README.md, "The recipe"), i
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -71,10 +72,25 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _is_number(annotation: Any) -> bool:
+    """Whether an annotation is a number, or holds one: `int | None`."""
+    return annotation in (int, float) or any(map(_is_number, get_args(annotation)))
+
+
 class Section(BaseModel):
     """Base of all sections: frozen, unknown keys refused, docstrings under fields become descriptions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's `true` would count as 1."""
+        if isinstance(value, bool) and _is_number(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("a number")
+        return value
 
 
 class CatalogueConfig(Section):

@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from flows.reports.page import report_path
+from flows.reports.results import read_lines
 from tasks.caching.runs import Run
 from tasks.catalogue import count_right
 from tasks.refs import SavedModel, home
@@ -112,7 +113,7 @@ def run_figures(entries: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]
     numbers: dict[str, Any] = {name: measured[name] for name in ("rows", "tokens", *MODELS, "difference")}
     if recipe.catalogue is None:
         return numbers
-    said = [json.loads(line) for line in (path / "generations.jsonl").read_text(encoding="utf-8").splitlines()]
+    said = read_lines(path / "generations.jsonl")
     right = {model: numbers[model] | {"right": count_right(said, model)} for model in MODELS}
     return numbers | right | {"generations": len(said)}
 

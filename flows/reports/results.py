@@ -133,7 +133,8 @@ def read_lines(file: Path | None) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; none if it is not there."""
     if file is None or not file.is_file():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    with file.open(encoding="utf-8", newline="\n") as lines:  # splitlines would end a line at U+2028, too
+        return [json.loads(line) for line in lines]
 
 
 def flat(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:

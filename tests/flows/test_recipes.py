@@ -52,6 +52,32 @@ def test_every_mistake_is_reported_at_once(recipe: Path) -> None:
     )
 
 
+def test_what_yaml_allows_and_a_number_is_not_is_refused_with_the_rest(recipe: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(
+            str(recipe), ["sample.rows=true", "finetune.weight_decay=.inf", "promote.margin=.nan", "finetune.max_steps=yes"]
+        )
+    assert str(caught.value).splitlines()[1:] == [
+        "  sample.rows: got True; expected a number",
+        "  finetune.max_steps: got True; expected a number",
+        "  finetune.weight_decay: got inf; expected a finite number",
+        "  promote.margin: got nan; expected a finite number",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sample: {rows: 5}\nfinetune:\n  seed: 1\n  seed: 2\n", r"not YAML: key seed stands twice\n.*line 4, column 3"),
+        (f"sample: {'[' * 5000}{']' * 5000}", "nested too deeply; expected a mapping of sections"),
+    ],
+)
+def test_yaml_that_nobody_means_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        load_recipe(str(tmp_path / "mine.yaml"))
+
+
 @pytest.mark.parametrize(
     ("override", "shown"),
     [

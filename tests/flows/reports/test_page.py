@@ -25,7 +25,7 @@ from flows.reports.page import (
     speeds,
     write_report,
 )
-from flows.reports.results import Results
+from flows.reports.results import Results, read_lines
 from tasks.caching import runs
 from tasks.caching.context import open_run
 from tasks.refs import Adapter, Artifact, Evaluation, Products, SavedModel, Split, home
@@ -184,3 +184,11 @@ def test_seconds_of_a_cached_stage_are_those_of_its_making(run: runs.Run) -> Non
     run.write()
     cached = {**run.stages[0], "state": "cached", "seconds": 0.0}
     assert Results({"stages": []}).seconds(cached) == 1.5
+
+
+def test_an_answer_may_hold_every_end_of_a_line_that_unicode_knows(tmp_path: Path) -> None:
+    said = [{"base": "one\u2028two", "tuned": "three\u2029four\x85five\x0b\x0c\x1c"}] * 2
+    (tmp_path / "generations.jsonl").write_text(
+        "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in said), encoding="utf-8"
+    )
+    assert read_lines(tmp_path / "generations.jsonl") == said
