@@ -48,7 +48,7 @@ check: install-dev
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 quick: install-dev
-	$(PYTEST) -m "not slow" --ignore=tests/e2e
+	$(PYTEST) -m "not slow and not heavy" tests tasks flows
 
 test: check
 	$(PYTEST) --durations=10

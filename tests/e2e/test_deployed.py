@@ -110,6 +110,7 @@ def test_logs_of_the_stages_reach_the_server(served: Served, finished_run: str) 
     assert until(lambda: "step 4 of 4" in served.logs(child))
 
 
+@pytest.mark.slow("a deployed run")
 def test_second_run_is_all_cached_without_a_child(served: Served, finished_run: str) -> None:
     again = served.start(*SHORT)
     assert served.ended(again)["state_type"] == "COMPLETED"
@@ -117,6 +118,7 @@ def test_second_run_is_all_cached_without_a_child(served: Served, finished_run: 
     assert set(served.tasks(again).values()) == {"Cached"}
 
 
+@pytest.mark.slow("a deployed run and its training")
 def test_failure_of_the_training_reaches_the_parent_in_its_own_words(served: Served, finished_run: str) -> None:
     run = served.start(*SHORT, "finetune.max_loss=0.001")
     assert served.ended(run)["state_type"] == "FAILED"
@@ -125,8 +127,9 @@ def test_failure_of_the_training_reaches_the_parent_in_its_own_words(served: Ser
     assert message.endswith(served.child(run)["state"]["message"])
 
 
+@pytest.mark.slow("a deployed run and two trainings")
 def test_killed_training_crashes_the_run_and_a_retry_reruns_only_that(served: Served, finished_run: str, long: list[str]) -> None:
-    run = served.start(*long, "finetune.max_steps=300")
+    run = served.start(*long, "finetune.max_steps=150")
     child = served.training(run)
     served.process_of(child).kill()
     assert served.ended(child)["state_type"] == "CRASHED"
@@ -140,6 +143,7 @@ def test_killed_training_crashes_the_run_and_a_retry_reruns_only_that(served: Se
     assert len(served.children(run)) == 2
 
 
+@pytest.mark.slow("a deployed run and its training")
 def test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint(
     served: Served, finished_run: str, long: list[str]
 ) -> None:
@@ -152,6 +156,7 @@ def test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint(
     until(lambda: served.run(child)["state_type"] == "CANCELLED")
 
 
+@pytest.mark.slow("a deployed run and its training")
 def test_killed_worker_crashes_its_run_with_the_cause_and_up_starts_it_again(
     served: Served, finished_run: str, long: list[str]
 ) -> None:
@@ -175,7 +180,7 @@ def page(url: str, profile: Path) -> str:
     return html.unescape(subprocess.run(shown, capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("Chromium")
 def test_page_of_a_run_shows_its_name_its_training_and_what_stages_said(
     served: Served, finished_run: str, tmp_path: Path
 ) -> None:
@@ -189,7 +194,7 @@ def test_page_of_a_run_shows_its_name_its_training_and_what_stages_said(
         assert text in shown
 
 
-@pytest.mark.slow
+@pytest.mark.slow("Chromium")
 def test_pages_of_artifacts_show_text_and_plot(served: Served, finished_run: str, tmp_path: Path) -> None:
     artifacts = served.artifacts(finished_run)
     rows = page(f"{served.url}/artifacts/artifact/{artifacts['demo-rows']['id']}", tmp_path)
@@ -198,7 +203,7 @@ def test_pages_of_artifacts_show_text_and_plot(served: Served, finished_run: str
     assert 'src="data:image/svg+xml;base64,' in training
 
 
-@pytest.mark.slow
+@pytest.mark.slow("Chromium")
 def test_form_asks_for_every_section_and_for_overrides(served: Served, tmp_path: Path) -> None:
     demo = served.deployment("amazon-ft/demo")["id"]
     shown = page(f"{served.url}/deployments/deployment/{demo}/run", tmp_path)

@@ -70,6 +70,7 @@ class Twice:
         return stage.make(inputs)
 
 
+@pytest.mark.slow("each stage twice")
 def test_every_stage_survives_a_full_disk(fresh: Tiny, small_home: Path) -> None:
     small_home.mkdir(parents=True)
     engine = Twice(small_home)

@@ -90,7 +90,7 @@ def is_being_written(home: Path, kind: str) -> bool:
     return kind in written(home)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("eleven runs, each killed in another stage")
 def test_ten_kills_through_the_flow(fresh: Tiny, finished: Tiny) -> None:
     fresh.let_drafts_linger()
     generator, home = random.Random(3), fresh.home
@@ -121,7 +121,7 @@ def collect_in(home: Path) -> None:
         collect(keep_last=1, age_seconds=0)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("fifty processes")
 def test_fifty_kills_of_the_bare_stages(fresh: Tiny, tmp_path: Path) -> None:
     generator, kills = random.Random(5), 0
     home = tmp_path / "home"

@@ -11,12 +11,12 @@ import pytest
 
 from tests.e2e.served import Served, until
 
-OUTAGE_SECONDS = 20
-STEPS = 600
+OUTAGE_SECONDS = 10
+STEPS = 300
 """Of the training; about as long as the outage on a quick machine, many times that on a slow one."""
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a training, and a server that is away for a while")
 def test_training_goes_on_while_the_server_is_away(served: Served, long: list[str]) -> None:
     run = served.start(*long, f"finetune.max_steps={STEPS}", "finetune.seed=1")
     child = served.training(run)
@@ -34,6 +34,7 @@ def test_training_goes_on_while_the_server_is_away(served: Served, long: list[st
     assert served.ended(run)["state_type"] == "COMPLETED", served.run(run)["state"]
 
 
+@pytest.mark.slow("a deployed run and its training")
 def test_ctrl_c_ends_everything_after_the_training_wrote_a_checkpoint(served: Served, long: list[str]) -> None:
     run = served.start(*long, "finetune.seed=2")
     child = served.training(run)

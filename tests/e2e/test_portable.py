@@ -78,7 +78,7 @@ def other_python() -> str | None:
     return None
 
 
-@pytest.mark.slow
+@pytest.mark.slow("installs what the data stages need into another Python")
 def test_other_python_and_installed_wheel_agree(fresh: Tiny, tmp_path: Path, wheel: Path) -> None:
     other = other_python()
     if other is None:
@@ -99,7 +99,7 @@ def test_wheel_carries_code_and_recipes(wheel: Path) -> None:
     assert {"flows/cli/main.py", "tasks/ingest.py", "tasks/training/hf.py", "deployments/recipes/demo.yaml"} <= names
 
 
-@pytest.mark.slow
+@pytest.mark.slow("installs the wheel and runs the demo from it")
 def test_installed_wheel_runs_a_shipped_recipe(finished: Tiny, tmp_path: Path, wheel: Path) -> None:
     """`amazon-ft run demo` from a wheel unpacked beside nothing else; only the model and the sizes are a test's."""
     site = tmp_path / "site"

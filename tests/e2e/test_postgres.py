@@ -88,8 +88,9 @@ def served(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iter
         assert not (running.root / "prefect" / "prefect.db").exists()
 
 
+@pytest.mark.slow("a deployed run and its training")
 def test_run_outlives_lost_connections_to_the_database(served: Served, postgres: Postgres, long: list[str]) -> None:
-    run = served.start(*long, "finetune.max_steps=300", "finetune.seed=3")
+    run = served.start(*long, "finetune.max_steps=150", "finetune.seed=3")
     child = served.training(run)
     lost = 0
     for _ in range(4):

@@ -78,6 +78,7 @@ def test_changed_setting_reruns_its_stage_and_what_follows(finished: Tiny, setti
     assert {steps[name]["reason"] for name in below(first)[1:]} <= {f"unknown until {first}"}
 
 
+@pytest.mark.slow("a run in a cold process")
 def test_changed_learning_rate_really_trains_again(tiny: Tiny) -> None:
     done = tiny.run("--set", "finetune.learning_rate=2e-3", cold=True)
     stages = {stage["name"]: stage for stage in json.loads(done.stdout.splitlines()[-1])["stages"]}

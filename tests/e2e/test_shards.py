@@ -79,6 +79,7 @@ def cluster(home: Path) -> Iterator[Any]:
     process.stdout.close()
 
 
+@pytest.mark.slow("a cluster of processes")
 def test_cluster_reads_files_at_once_and_records_them(prefect_api: str, cluster: str, files: list[str]) -> None:
     spread = read(files, AMAZON_FT_DASK=cluster)
     assert spread["stages"] == [["ingest", "completed"]] * FIVE + [["join", "completed"]]

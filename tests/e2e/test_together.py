@@ -7,6 +7,8 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 from tasks.caching import store
 from tasks.caching.manifest import MANIFEST
 from tasks.refs import Artifact
@@ -37,6 +39,7 @@ def all_intact(home: Path, monkeypatch) -> bool:
     return not [*(home / "drafts").glob("*")]
 
 
+@pytest.mark.slow("two runs at once, and one more")
 def test_same_recipe_twice_at_once_trains_once(fresh: Tiny, finished: Tiny, monkeypatch) -> None:
     fresh.let_drafts_linger()
     both = [start(fresh, LINGER_SECONDS="2") for _ in range(2)]
@@ -52,6 +55,7 @@ def test_same_recipe_twice_at_once_trains_once(fresh: Tiny, finished: Tiny, monk
     assert all_intact(fresh.home, monkeypatch)
 
 
+@pytest.mark.slow("two runs at once, and one more")
 def test_different_recipes_at_once_are_both_right(fresh: Tiny, finished: Tiny, monkeypatch) -> None:
     settings = ("sample.seed=7", "finetune.learning_rate=2e-3")
     (plain, _), (changed, _) = map(ends, [start(fresh), start(fresh, *settings)])
