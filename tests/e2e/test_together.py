@@ -42,7 +42,7 @@ def all_intact(home: Path, monkeypatch) -> bool:
 @pytest.mark.slow("two runs at once, and one more")
 def test_same_recipe_twice_at_once_trains_once(fresh: Tiny, finished: Tiny, monkeypatch) -> None:
     fresh.let_drafts_linger()
-    both = [start(fresh, LINGER_SECONDS="2") for _ in range(2)]
+    both = [start(fresh, LINGER_KIND="adapter", LINGER_SECONDS="2") for _ in range(2)]
     (first, first_said), (second, second_said) = map(ends, both)
     assert first == second
     alone = finished.ran()

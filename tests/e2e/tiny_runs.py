@@ -41,7 +41,8 @@ RECIPE: dict[str, Any] = {
 LINGER = """    import os
     import time
 
-    time.sleep(float(os.environ.get("LINGER_SECONDS", "0")))
+    if os.environ.get("LINGER_KIND", kind) == kind:
+        time.sleep(float(os.environ.get("LINGER_SECONDS", "0")))
     manifest = write_manifest(draft.path, kind)
 """
 
@@ -71,7 +72,7 @@ class Tiny:
         return self.checkout.plan(str(self.recipe), *arguments, AMAZON_FT_HOME=str(self.home), **env)
 
     def let_drafts_linger(self) -> None:
-        """Keep written drafts unpublished for LINGER_SECONDS, so that a kill or another run can meet them.
+        """Keep written drafts, or those of LINGER_KIND, unpublished for LINGER_SECONDS: a kill or another run can meet them.
 
         The store is outside every stage's code.
         """
