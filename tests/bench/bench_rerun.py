@@ -1,4 +1,4 @@
-"""What a fully cached run costs beyond Prefect's own start-up, and what a plan costs.
+"""What a fully cached run costs, which starts no server, beside an empty flow with one; and what a plan costs.
 
 usage: python -m tests.bench.bench_rerun [RECIPE] [--runs N] [--out JSON]      runs RECIPE (default: demo) once if need be
 
