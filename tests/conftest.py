@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-from xdist.scheduler import LoadScopeScheduling
 
 from tests.support.database import place_database
 
@@ -64,16 +63,16 @@ HEAVY_FIXTURES = {"llama3", "prefect_api", "tuned"}
 """What trains, loads a model, starts processes or reads many rows; `make quick` leaves it out, and tests/e2e."""
 
 
-class BySharedFixture(LoadScopeScheduling):
-    """Lets one process run a file, or the files that share a server or a finished run."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return TOGETHER.get(Path(file).name, file)
-
-
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> BySharedFixture:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let one process run a file, or the files that share a server or a finished run."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class BySharedFixture(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return TOGETHER.get(Path(file).name, file)
+
     return BySharedFixture(config, log)
 
 
