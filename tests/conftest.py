@@ -43,24 +43,8 @@ TOGETHER = {
 """{file: the fixture that it shares with others}; the rest of the files share nothing."""
 
 
-HEAVY_FILES = {
-    "test_backend.py",
-    "test_backends.py",
-    "test_data.py",
-    "test_evaluate.py",
-    "test_export.py",
-    "test_finetune.py",
-    "test_golden.py",
-    "test_identity.py",
-    "test_ingest.py",
-    "test_processes.py",
-    "test_serve.py",
-    "test_supervisor.py",
-    "test_trackers.py",
-    "test_watch.py",
-}
-HEAVY_FIXTURES = {"llama3", "prefect_api", "tuned"}
-"""What trains, loads a model, starts processes or reads many rows; `make quick` leaves it out, and tests/e2e."""
+HEAVY = {"llama3", "prefect_api", "tuned"}
+"""Fixtures whose tests `make quick` leaves out, as it does tests/e2e and the files that are marked."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -79,8 +63,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put first what takes longest: no process shall wait for the other at the end; mark what `make quick` leaves out."""
     for item in items:
-        fixtures = set(getattr(item, "fixturenames", ()))
-        if item.path.name in HEAVY_FILES or fixtures & HEAVY_FIXTURES or "e2e" in item.path.parts:
+        if HEAVY & set(getattr(item, "fixturenames", ())) or "e2e" in item.path.parts:
             item.add_marker(pytest.mark.heavy)
     items.sort(key=lambda item: (item.path.name not in TOGETHER, "e2e" not in item.path.parts))
 

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.heavy
+
 CHECK = 'def test_it(golden):\n    golden("rows.json", "[1]\\n")\n'
 
 

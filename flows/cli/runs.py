@@ -59,8 +59,8 @@ def _run_here(recipe: Recipe, until: StageName | None, debug: bool) -> SavedMode
     from flows.whole_run import run_recipe
     from tasks.caching.stage import OnlyServed
 
+    _log_to_terminal()
     if not os.environ.get("PREFECT_API_URL") and plan_run(recipe, until).is_cached:
-        _log_to_terminal()
         return run_recipe(recipe, until, OnlyServed(), tune)
     return _run_flow(recipe, until, debug)
 
@@ -80,14 +80,15 @@ def _run_flow(recipe: Recipe, until: StageName | None, debug: bool) -> SavedMode
 
 
 def _log_to_terminal() -> None:
-    """One plain line a message; after Prefect has configured logging, which replaces the handlers."""
+    """One plain line a message; called again once Prefect has configured logging, lest it took the handler away."""
     from rich.logging import RichHandler
 
     handler = RichHandler(console=err, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)
     for name in ("tasks", "flows"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
-        logger.addHandler(handler)
+        if not any(isinstance(present, RichHandler) for present in logger.handlers):
+            logger.addHandler(handler)
 
 
 @app.command()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def flow_run_id() -> UUID | None:
     """The present flow run, if a worker runs it from a deployment."""
-    if "prefect.context" not in sys.modules:  # importing it takes a second, and no flow runs without
+    if "prefect.context" not in sys.modules:  # no flow runs without it, and importing it is slow
         return None
     from prefect.context import FlowRunContext
 

@@ -55,6 +55,20 @@ def test_second_run_is_all_cached_judged_again_and_reported(tiny: Tiny) -> None:
     assert "Length of the training rows" in Path(told["report"]).read_text()
 
 
+def test_with_nothing_to_make_no_server_is_started_and_the_run_is_recorded(tiny: Tiny, tmp_path: Path) -> None:
+    before = set((tiny.home / "runs").glob("*.json"))
+    told = tiny.run(PREFECT_API_URL="", PREFECT_HOME=str(tmp_path / "prefect"))
+    assert {stage["state"] for stage in json.loads(told.stdout.splitlines()[-1])["stages"]} == {"cached"}
+    (new,) = set((tiny.home / "runs").glob("*.json")) - before
+    record = json.loads(new.read_text())
+    assert record["finished"]
+    assert [stage["name"] for stage in record["stages"]] == ALL
+    assert record["verdict"]["promoted"] == (tiny.home / "models" / "tiny" / "promoted").is_symlink()
+    assert "save cached" in told.stderr
+    assert not (tiny.home / "prefect-server.log").exists()
+    assert not (tmp_path / "prefect").exists()
+
+
 @pytest.mark.parametrize(
     ("setting", "first"),
     [

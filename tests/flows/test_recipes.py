@@ -69,13 +69,15 @@ def test_what_yaml_allows_and_a_number_is_not_is_refused_with_the_rest(recipe: P
     ("text", "said"),
     [
         ("sample: {rows: 5}\nfinetune:\n  seed: 1\n  seed: 2\n", r"not YAML: key seed stands twice\n.*line 4, column 3"),
-        (f"sample: {'[' * 5000}{']' * 5000}", "nested too deeply; expected a mapping of sections"),
+        (f"sample: {'[' * 5000}{']' * 5000}", "not YAML: it is nested too deeply"),
     ],
 )
 def test_yaml_that_nobody_means_is_refused(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ConfigError, match=said):
         load_recipe(str(tmp_path / "mine.yaml"))
+    with pytest.raises(ConfigError, match=r"(?s)--set sample=.*: value is not YAML: "):
+        load_recipe("demo", [f"sample={text}"])
 
 
 @pytest.mark.parametrize(
@@ -97,15 +99,19 @@ def test_a_password_in_a_url_is_refused_and_not_shown(recipe: Path, override: st
 
 def test_a_run_ends_only_with_a_stage_that_it_has() -> None:
     check_until("pack", load_recipe("fast", ["ingest.sources=a.json"]))
-    with pytest.raises(
-        ConfigError,
-        match=r"until: no such stage in recipe demo: got pack; expected one of catalogue, fetch_",
-    ):
+    with pytest.raises(ConfigError, match=r"until: no such stage in recipe demo: got pack; expected one of catalogue, fetch_"):
         check_until("pack", load_recipe("demo"))
     with pytest.raises(ConfigError, match="got catalogue; expected one of ingest"):
         check_until("catalogue", load_recipe("default", ["ingest.sources=a.json"]))
     with pytest.raises(ConfigError, match="got tokenise"):
         check_until("tokenise", load_recipe("demo"))
+
+
+def test_a_run_may_end_with_each_stage_that_its_plan_names() -> None:
+    demo = load_recipe("demo")
+    for name in [step.name for step in plan_run(demo).steps]:
+        check_until(name, demo)
+        assert plan_run(demo, name).steps[-1].name == name
 
 
 @pytest.mark.parametrize("verify", ["full", "size"])

@@ -1,4 +1,4 @@
-"""Prefect's database, migrated once a session: a server's own first start takes ten seconds for that."""
+"""Prefect's database, migrated once a session: that is half of a server's own first start."""
 
 from __future__ import annotations
 

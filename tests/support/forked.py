@@ -1,4 +1,4 @@
-"""Python programs in processes that begin with the libraries imported: a training's takes two seconds to begin, not fourteen.
+"""Python programs in processes that begin with the libraries imported, which takes most of a short training's time.
 
 They are forked from multiprocessing's fork server, which has LIBRARIES imported and nothing of ours; each gets the arguments, the
 environment and the directory that a process of its own would have. Bars are switched by the environment when the libraries are

@@ -28,6 +28,8 @@ from tasks.training.inference.scoring import Answers
 from tests.support.tiny import make_tiny_model, publish_rows, tiny_reference, tiny_row
 from tests.support.train_tiny import train
 
+pytestmark = pytest.mark.heavy
+
 QUICK = EvaluateConfig(generations=4, max_new_tokens=6, batch_size=3)
 FLOAT32 = WeightsConfig(load_in_4bit=False, dtype="float32")
 

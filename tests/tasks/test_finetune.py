@@ -32,6 +32,8 @@ from tests.support.prepared import rows_of
 from tests.support.tiny import make_tiny_model, publish_rows, tiny_reference, tiny_row, tiny_tokens
 from tests.support.train_tiny import HELD_OUT_ROWS, inputs, train
 
+pytestmark = pytest.mark.heavy
+
 LONG = {"max_steps": 32, "warmup_steps": 2}
 """Enough steps to be killed between the first checkpoint and the last."""
 

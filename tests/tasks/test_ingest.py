@@ -25,6 +25,8 @@ from tasks.reading.sources import locate_source
 from tasks.refs import InputError, Products
 from tests.support import fuzz, reference
 
+pytestmark = pytest.mark.heavy
+
 LINES = [
     b'{"uid": "1", "title": "R&amp;D", "content": "Cast iron."}',
     b'{"uid": "2", "title": "", "content": "No title."}',

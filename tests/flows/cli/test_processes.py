@@ -16,6 +16,8 @@ from tests.e2e.tiny_runs import Tiny, make_tiny
 from tests.support import forked
 from tests.support.checkout import PROJECT
 
+pytestmark = pytest.mark.heavy
+
 FLOW_RUN = """
 import asyncio, sys, yaml
 from prefect.deployments.steps.core import run_steps

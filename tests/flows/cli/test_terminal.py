@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 from rich.console import Console
 
 from flows.cli.terminal import Bar, LastRun
 from tasks.caching.context import observing, open_run
 from tasks.caching.events import RowsPassed, StageEnded, StepsLogged
+from tests.support.checkout import PROJECT
 
 
 def test_bar_shows_rows_and_steps_and_goes_with_the_stage() -> None:
@@ -31,3 +34,11 @@ def test_last_run_is_the_one_that_was_begun() -> None:
         with open_run("demo", {}) as run:
             pass
     assert last.run is run
+
+
+def test_help_waits_for_no_heavy_library() -> None:
+    heavy = "{'flows.recipes', 'httpx', 'numpy', 'prefect', 'pyarrow', 'pydantic', 'torch', 'yaml'}"
+    code = f"import sys\nfrom flows.cli.main import main\ntry: main()\nfinally: print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "From a product file to a fine-tuned language model." in done.stdout

@@ -22,6 +22,8 @@ from tasks.training.exporting.gguf import interleaved, pre_tokenizer
 from tests.support.tiny import make_tiny_model
 from tests.support.tuned import make_tiny_adapter, save_tuned
 
+pytestmark = pytest.mark.heavy
+
 CHAT = [{"role": "user", "content": "Chaleira elétrica"}]
 
 

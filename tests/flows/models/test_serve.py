@@ -21,6 +21,8 @@ from tests.support.checkout import PROJECT
 from tests.support.tiny import make_tiny_model
 from tests.support.tuned import make_tiny_adapter, save_tuned
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:

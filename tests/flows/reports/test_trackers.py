@@ -26,6 +26,8 @@ from tests.support.tiny import make_tiny_model, tiny_reference, tiny_tokens
 from tests.support.train_tiny import train
 from tests.support.tuned import METRICS, artifact_of
 
+pytestmark = pytest.mark.heavy
+
 MLFLOW = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 """mlflow's SQL store on SQLAlchemy 2.1: https://github.com/mlflow/mlflow/blob/master/mlflow/store/tracking/dbmodels/models.py"""
 RECIPE = load_recipe("demo", ["tracking.report_to=mlflow"])

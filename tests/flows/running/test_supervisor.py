@@ -15,6 +15,8 @@ from flows.running.supervisor import end_processes, guarded
 from tests.support.checkout import PROJECT
 from tests.support.database import place_database
 
+pytestmark = pytest.mark.heavy
+
 GUARDED = """
 import subprocess
 from flows.running.supervisor import INNER, guarded

@@ -18,6 +18,8 @@ from tasks.config import FinetuneConfig, IngestConfig, SampleConfig
 from tasks.refs import Artifact, PipelineError, Products, Source, SourceFile
 from tests.support.checkout import PROJECT, Checkout
 
+pytestmark = pytest.mark.heavy
+
 DIGESTS = """
 import json, os, sys
 from tasks.caching.identity import code_digests

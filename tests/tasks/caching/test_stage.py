@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,9 +15,9 @@ from tasks.caching import runs
 from tasks.caching.context import context, open_run, planning, within
 from tasks.caching.engine import PrefectEngine
 from tasks.caching.plans import Plan
-from tasks.caching.stage import Made, StageReached, lineage
+from tasks.caching.stage import Made, OnlyServed, StageReached, lineage
 from tasks.config import SampleConfig
-from tasks.refs import InputError
+from tasks.refs import InputError, PipelineError
 from tests.support import toy
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -52,6 +53,18 @@ def reasons(found: Plan) -> list[tuple[str, str]]:
 def test_second_run_serves_every_stage_from_its_record() -> None:
     assert states(run()) == ["completed", "completed"]
     assert states(run()) == ["cached", "cached"]
+
+
+def test_only_served_serves_without_prefect_and_makes_nothing(home: Path) -> None:
+    run()
+    with open_run("toy", {}, engine=OnlyServed()) as record:
+        story()
+    assert states(record.stages) == ["cached", "cached"]
+    for artifact in (home / "artifacts").glob("*/*"):
+        shutil.rmtree(artifact)
+    with pytest.raises(PipelineError, match=r"read: output missing: .*, though it was there when this run began\. Run again\."):
+        with open_run("toy", {}, engine=OnlyServed()):
+            story()
 
 
 def test_plan_runs_nothing_and_foresees_what_a_run_does(home: Path) -> None:

@@ -32,6 +32,8 @@ from tasks.training.watch import StepRecord, read_log
 from tests.support.tiny import make_tiny_model, tiny_reference, tiny_tokens
 from tests.support.train_tiny import inputs, train
 
+pytestmark = pytest.mark.heavy
+
 AS_DEFAULT = {"load_in_4bit": True, "dtype": "bfloat16", "gradient_checkpointing": "unsloth", "optimizer": "adamw_8bit"}
 """What the recipe `default` asks Unsloth for."""
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")

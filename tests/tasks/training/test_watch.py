@@ -11,6 +11,8 @@ from tasks.training.watch import LOG, DivergenceCheck, Watch, read_log
 from tests.support.tiny import make_tiny_model, tiny_reference, tiny_tokens
 from tests.support.train_tiny import train
 
+pytestmark = pytest.mark.heavy
+
 
 class OnTheDevice(float):
     """A number that has to be waited for."""

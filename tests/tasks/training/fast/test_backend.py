@@ -38,6 +38,8 @@ from tests.support.tiny import make_tiny_model, tiny_reference, tiny_tokens
 from tests.support.train_tiny import train
 from tests.tasks.test_finetune import interrupted, make_llama3_config, work_of
 
+pytestmark = pytest.mark.heavy
+
 FAST = {"backend": "fast", "gradient_checkpointing": "none"}
 LORA = LoraSection(r=8, alpha=16)
 
