@@ -12,6 +12,7 @@ import pytest
 from tasks.caching import store
 from tasks.caching.manifest import MANIFEST
 from tasks.refs import Artifact
+from tests.e2e.served import until
 from tests.e2e.tiny_runs import Tiny
 from tests.support.forked import Forked
 
@@ -31,6 +32,10 @@ def ends(process: Forked) -> tuple[dict[str, str], str]:
     return {stage["name"]: stage["digest"] for stage in json.loads(process.stdout.splitlines()[-1])["stages"]}, process.stderr
 
 
+def waits_to_train(said: str) -> bool:
+    return "finetune waits: process" in " ".join(said.split())
+
+
 def all_intact(home: Path, monkeypatch) -> bool:
     monkeypatch.setenv("AMAZON_FT_HOME", str(home))
     for path in (home / "artifacts").glob("*/*"):
@@ -40,16 +45,20 @@ def all_intact(home: Path, monkeypatch) -> bool:
 
 
 @pytest.mark.slow("two runs at once, and one more")
-def test_same_recipe_twice_at_once_trains_once(fresh: Tiny, finished: Tiny, monkeypatch) -> None:
+def test_same_recipe_twice_at_once_trains_once(fresh: Tiny, finished: Tiny, tmp_path: Path, monkeypatch) -> None:
     fresh.let_drafts_linger()
-    both = [start(fresh, LINGER_KIND="adapter", LINGER_SECONDS="2") for _ in range(2)]
+    held = tmp_path / "held"
+    held.touch()
+    both = [start(fresh, LINGER_WHILE=str(held)) for _ in range(2)]
+    until(lambda: any(waits_to_train(process.stderr) for process in both))
+    held.unlink()
     (first, first_said), (second, second_said) = map(ends, both)
     assert first == second
     alone = finished.ran()
     assert {name: first[name] for name in first if name != "save"} == {
         name: stage["digest"] for name, stage in alone.items() if name != "save"
     }
-    waiting = [said for said in (first_said, second_said) if "finetune waits: process" in " ".join(said.split())]
+    waiting = [said for said in (first_said, second_said) if waits_to_train(said)]
     assert len(waiting) == 1
     assert any(f"process {process.pid}" in " ".join(waiting[0].split()) for process in both)
     assert all_intact(fresh.home, monkeypatch)

@@ -41,8 +41,9 @@ RECIPE: dict[str, Any] = {
 LINGER = """    import os
     import time
 
-    if os.environ.get("LINGER_KIND", kind) == kind:
-        time.sleep(float(os.environ.get("LINGER_SECONDS", "0")))
+    time.sleep(float(os.environ.get("LINGER_SECONDS", "0")))
+    while kind == "adapter" and os.path.exists(os.environ.get("LINGER_WHILE", "")):
+        time.sleep(0.1)
     manifest = write_manifest(draft.path, kind)
 """
 
@@ -72,7 +73,9 @@ class Tiny:
         return self.checkout.plan(str(self.recipe), *arguments, AMAZON_FT_HOME=str(self.home), **env)
 
     def let_drafts_linger(self) -> None:
-        """Keep written drafts, or those of LINGER_KIND, unpublished for LINGER_SECONDS: a kill or another run can meet them.
+        """Keep written drafts unpublished for LINGER_SECONDS, an adapter's while the file LINGER_WHILE is there.
+
+        A kill or another run can meet them then.
 
         The store is outside every stage's code.
         """
