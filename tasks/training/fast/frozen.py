@@ -1,11 +1,8 @@
-"""A frozen linear map with its LoRA in one matrix product; imports torch.
+"""How frozen matrices and their LoRA lie in memory; imports torch.
 
-    y = x W' + (x A') B'   is   [x | x A'] [W | B]'          and backwards, with g = dL/dy,
-    dx = g W + (g B) A     is   [g | g B] [W ; A]
-
-The base matrix lies in memory with room for A and B beside it, so that adding the adapter costs a few columns more and not
-another pass over y and dx. W never gets a gradient. Maps that share an input (q, k and v; gate and up) are one map, their
-adapters side by side: A stacked, B block-diagonal.
+A base matrix W has room for A and B beside it, so that adding the adapter can cost a few columns more and not another pass
+over what comes out (tasks/training/fast/lora_linear.py). W never gets a gradient. Maps that share an input (q, k and v; gate
+and up) are one map, their adapters side by side: A stacked, B block-diagonal.
 
     plain           W in the compute type                         (out + room, in + room)
     fp8             W and its transpose in e4m3, a scale a row     (out, in + room) and (in, out + room)
@@ -21,7 +18,6 @@ Source of rowwise fp8: torchao.float8 "rowwise", which quantizes a frozen weight
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,99 +116,6 @@ def _put(weight: Tensor, start: int, scale: Tensor, columns: Tensor, balance: Te
     balance.copy_(room.min().clamp(max=MAX_BALANCE))
     scaled = columns * balance / scale.t()
     weight[:, start : start + columns.shape[1]] = scaled.clamp(-F8_MAX, F8_MAX).to(F8)
-
-
-def apply(kind: Kind, x: Tensor, a: Tensor, b: Tensor, base: Sequence[Tensor]) -> Tensor:
-    """The map with its adapter: x (rows, in) to (rows, out)."""
-    return {"plain": _Plain, "fp8": _Fp8, "fp8-backward": _Fp8Backward, "nf4": _Nf4}[kind].apply(x, a, b, *base)
-
-
-class _Plain(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        x, a, b, weight = args
-        low = x @ a.t()
-        ctx.save_for_backward(x, low, b, weight)
-        return _beside(x, low, weight.shape[1]) @ weight[: len(b)].t()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x, low, b, weight = ctx.saved_tensors
-        (g,) = grads
-        low_g = g @ b
-        dx = _beside(g, low_g, len(weight)) @ weight[:, : x.shape[1]]
-        return dx, low_g.t() @ x, g.t() @ low, None
-
-
-def _beside(x: Tensor, low: Tensor, width: int) -> Tensor:
-    """[x | low], filled up with zeros to that width."""
-    return torch.cat([x, functional.pad(low, (0, width - x.shape[1] - low.shape[1]))], 1)
-
-
-class _Fp8(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        x, a, b, w, ws, wt, wts, balance, balance_t = args
-        low = x @ a.t()
-        ctx.save_for_backward(x, low, b, wt, wts, balance_t)
-        return _product(x, low, w, ws, balance)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return *_gradients_in_fp8(*grads, *ctx.saved_tensors), None, None, None, None, None, None
-
-
-class _Fp8Backward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        x, a, b, weight, wt, wts, balance_t = args
-        low = x @ a.t()
-        ctx.save_for_backward(x, low, b, wt, wts, balance_t)
-        return _beside(x, low, weight.shape[1]) @ weight.t()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return *_gradients_in_fp8(*grads, *ctx.saved_tensors), None, None, None, None
-
-
-def _gradients_in_fp8(
-    g: Tensor, x: Tensor, low: Tensor, b: Tensor, wt: Tensor, wts: Tensor, balance_t: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x, A and B; the base matrix's part of the first in fp8."""
-    low_g = g @ b
-    return _product(g, low_g, wt, wts, balance_t), low_g.t() @ x, g.t() @ low
-
-
-def _product(x: Tensor, low: Tensor, weight: Tensor, scale: Tensor, balance: Tensor) -> Tensor:
-    """[x | low] times the transpose of an extended fp8 matrix."""
-    of_row = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) * (ROOM / F8_MAX)
-    wide = (x.float() / of_row).to(F8)
-    low = functional.pad(low, (0, weight.shape[1] - x.shape[1] - low.shape[1]))
-    narrow = (low.float() / (of_row * balance)).clamp(-F8_MAX, F8_MAX).to(F8)
-    return torch._scaled_mm(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]  # as torchao calls it
-        torch.cat([wide, narrow], 1), weight.t(), scale_a=of_row, scale_b=scale, out_dtype=x.dtype, use_fast_accum=True
-    )
-
-
-class _Nf4(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        x, a, b, packed, scales = args
-        low = x @ a.t()
-        ctx.save_for_backward(x, low, a, b, packed, scales)
-        return torch.addmm(low @ b.t(), x, _unpack(packed, scales, x, b).t())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x, low, a, b, packed, scales = ctx.saved_tensors
-        (g,) = grads
-        low_g = g @ b
-        return torch.addmm(low_g @ a, g, _unpack(packed, scales, x, b)), low_g.t() @ x, g.t() @ low, None, None
-
-
-def _unpack(packed: Tensor, scales: Tensor, x: Tensor, b: Tensor) -> Tensor:
-    shape = [len(b), x.shape[1]]
-    return torch.ops.bitsandbytes.dequantize_4bit(packed[:, None], scales, NF4_BLOCK, "nf4", shape, x.dtype)
 
 
 FREEZE = {"plain": freeze_plain, "fp8": freeze_fp8, "fp8-backward": freeze_fp8_backward}

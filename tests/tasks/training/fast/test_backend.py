@@ -26,7 +26,7 @@ from tasks.refs import Adapter, ConfigError, Model
 from tasks.training import hardware, model_shape
 from tasks.training.backend import Job
 from tasks.training.checkpoints import checkpoints, is_last
-from tasks.training.fast import frozen
+from tasks.training.fast import frozen, lora_linear
 from tasks.training.fast.backend import LENGTHS, Lengths, collator, max_lengths
 from tasks.training.fast.loss import linear_loss
 from tasks.training.fast.memory_plan import check_supported, choose
@@ -95,27 +95,49 @@ def test_packed_in_bfloat16_is_as_near_to_float32_as_each_row_by_itself(model: M
     assert relative(gradients(wrapped), wanted) < 2e-2
 
 
+Function = Callable[..., Tensor]
 BOUNDS: list[tuple[frozen.Kind, float]] = [("plain", 2e-2), ("fp8", 6e-2), ("fp8-backward", 6e-2)]
 
 
+MAPS = [(lora_linear.apply, 96), (lora_linear.apply, 288), (lora_linear.apply_swiglu, 576)]
+"""Maps of 256 values to fewer and to more, and to gate and up, each with what comes out of its matrices."""
+
+
+@pytest.mark.parametrize(("function", "out"), MAPS)
 @pytest.mark.parametrize(("kind", "bound"), BOUNDS)
-def test_a_map_and_its_gradients_stay_near_to_float32(kind: frozen.Kind, bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_map_and_its_gradients_stay_near_to_float32(
+    kind: frozen.Kind, bound: float, function: Function, out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch, "_scaled_mm", scaled_product)
+    assert_near(kind, bound, function, out, "cpu")
+
+
+def assert_near(kind: frozen.Kind, bound: float, function: Function, out: int, device: str) -> None:
+    """A map of 256 values and its gradients in bfloat16 against autograd's in float32."""
     random = torch.Generator().manual_seed(0)
-    shapes = {"x": (64, 256), "w": (96, 256), "a": (16, 256), "b": (96, 16), "g": (64, 96)}
-    x, w, a, b, g = (torch.randn(shape, generator=random) / shape[1] ** 0.5 for shape in shapes.values())
-    wanted = map_and_gradients("plain", [x, a, b], w, g)
-    got = map_and_gradients(kind, [part.bfloat16() for part in (x, a, b)], w.bfloat16(), g.bfloat16())
+    shapes = [(64, 256), (16, 256), (out, 16), (out, 256), (64, out // 2 if function is lora_linear.apply_swiglu else out)]
+    x, a, b, w, g = (torch.randn(shape, generator=random) / shape[1] ** 0.5 for shape in shapes)
+    wanted = gradients_by_autograd([x, a, b], w, g)
+    got = map_and_gradients(kind, function, [part.to(device, torch.bfloat16) for part in (x, a, b, w, g)])
     for name, one, other in zip(("y", "dx", "da", "db"), got, wanted, strict=True):
-        assert (one.float() - other).norm() < bound * other.norm(), name
+        assert (one.float().cpu() - other).norm() < bound * other.norm(), name
 
 
-def map_and_gradients(kind: frozen.Kind, inputs: list[Tensor], w: Tensor, g: Tensor) -> list[Tensor]:
+def gradients_by_autograd(inputs: list[Tensor], w: Tensor, g: Tensor) -> list[Tensor]:
     x, a, b = (part.requires_grad_() for part in inputs)
-    base = frozen.FREEZE[kind](w, len(a))
-    frozen.refresh(kind, base, a, b)
-    y = frozen.apply(kind, x, a, b, base)
+    y = x @ w.t() + x @ a.t() @ b.t()
+    if g.shape != y.shape:
+        gate, up = y.chunk(2, 1)
+        y = gate * torch.sigmoid(gate) * up
     return [y.detach(), *torch.autograd.grad(y, (x, a, b), g)]
+
+
+def map_and_gradients(kind: frozen.Kind, function: Function, inputs: list[Tensor]) -> list[Tensor]:
+    x, a, b = (part.requires_grad_() for part in inputs[:3])
+    base = frozen.FREEZE[kind](inputs[3], len(a))
+    frozen.refresh(kind, base, a, b)
+    y = function(kind, x, a, b, base)
+    return [y.detach(), *torch.autograd.grad(y, (x, a, b), inputs[4])]
 
 
 def test_a_whole_model_in_fp8_learns_in_float32s_direction(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,17 +431,13 @@ def needs_cuda() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("function", "out"), MAPS)
 @pytest.mark.parametrize(("kind", "bound"), BOUNDS)
-def test_on_a_gpu_a_map_and_its_gradients_stay_near_to_float32(kind: frozen.Kind, bound: float) -> None:
+def test_on_a_gpu_a_map_and_its_gradients_stay_near_to_float32(
+    kind: frozen.Kind, bound: float, function: Function, out: int
+) -> None:
     needs_cuda()
-    random = torch.Generator().manual_seed(0)
-    shapes = {"x": (64, 256), "w": (96, 256), "a": (16, 256), "b": (96, 16), "g": (64, 96)}
-    x, w, a, b, g = (torch.randn(shape, generator=random) / shape[1] ** 0.5 for shape in shapes.values())
-    wanted = map_and_gradients("plain", [x, a, b], w, g)
-    lower = [part.to("cuda", torch.bfloat16) for part in (x, a, b, w, g)]
-    got = map_and_gradients(kind, lower[:3], lower[3], lower[4])
-    for name, one, other in zip(("y", "dx", "da", "db"), got, wanted, strict=True):
-        assert (one.float().cpu() - other).norm() < bound * other.norm(), name
+    assert_near(kind, bound, function, out, "cuda")
 
 
 @pytest.mark.gpu

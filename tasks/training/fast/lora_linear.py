@@ -1,0 +1,228 @@
+"""A frozen linear map with its LoRA, forwards and backwards; imports torch.
+
+    y = x W' + (x A') B'   is   [x | x A'] [W | B]'          and backwards, with g = dL/dy,
+    dx = g W + (g B) A     is   [g | g B] [W ; A]
+
+as one matrix product, where that moves fewer bytes than two. How W, A and B lie in memory: tasks/training/fast/frozen.py.
+Gate and up are one map whose halves go through SwiGLU; its gradient is taken with the map's, which needs it in fp8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tasks.training.fast.frozen import F8, F8_MAX, NF4_BLOCK, ROOM, Kind
+
+
+def apply(kind: Kind, x: Tensor, a: Tensor, b: Tensor, base: Sequence[Tensor]) -> Tensor:
+    """The map with its adapter: x (rows, in) to (rows, out)."""
+    return {"plain": _Plain, "fp8": _Fp8, "fp8-backward": _Fp8Backward, "nf4": _Nf4}[kind].apply(x, a, b, *base)
+
+
+def apply_swiglu(kind: Kind, x: Tensor, a: Tensor, b: Tensor, base: Sequence[Tensor]) -> Tensor:
+    """silu(gate) * up of the map with its adapter, which gives both side by side: x (rows, in) to (rows, out / 2)."""
+    in_fp8 = {"fp8": _Fp8SwiGLU, "fp8-backward": _Fp8BackwardSwiGLU}
+    return in_fp8[kind].apply(x, a, b, *base) if kind in in_fp8 else _SwiGLU.apply(apply(kind, x, a, b, base))
+
+
+class _Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, a, b, weight = args
+        low = x @ a.t()
+        ctx.save_for_backward(x, low, b, weight)
+        return _extended_product(x, low, weight[: len(b)].t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, low, b, weight = ctx.saved_tensors
+        (g,) = grads
+        low_g = g @ b
+        return _extended_product(g, low_g, weight[:, : x.shape[1]]), low_g.t() @ x, g.t() @ low, None
+
+
+def _extended_product(x: Tensor, low: Tensor, weight: Tensor) -> Tensor:
+    """[x | low] times the matrix; what it has below those rows is left out."""
+    inner, out = weight.shape
+    if x.shape[1] > out:  # more bytes to put side by side than to add to the result
+        return _sum_of_products(x, weight[: x.shape[1]], low, weight[x.shape[1] : x.shape[1] + low.shape[1]])
+    return torch.cat([x, functional.pad(low, (0, inner - x.shape[1] - low.shape[1]))], 1) @ weight
+
+
+@torch.library.custom_op("amazon_ft::sum_of_products", mutates_args=())
+def _sum_of_products(x: Tensor, weight: Tensor, low: Tensor, beside: Tensor) -> Tensor:
+    """In place, for torch.compile would first copy what is added to."""
+    return (x @ weight).addmm_(low, beside)
+
+
+@_sum_of_products.register_fake
+def _(x: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
+    return x.new_empty((len(x), weight.shape[1]))
+
+
+class _Fp8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, a, b, w, ws, wt, wts, balance, balance_t = args
+        low = x @ a.t()
+        ctx.save_for_backward(x, low, b, wt, wts, balance_t)
+        return _fp8_product(x, low, w, ws, balance)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *_gradients_in_fp8(*grads, *ctx.saved_tensors), None, None, None, None, None, None
+
+
+class _Fp8Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, a, b, weight, wt, wts, balance_t = args
+        low = x @ a.t()
+        ctx.save_for_backward(x, low, b, wt, wts, balance_t)
+        return _extended_product(x, low, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *_gradients_in_fp8(*grads, *ctx.saved_tensors), None, None, None, None
+
+
+def _gradients_in_fp8(
+    g: Tensor, x: Tensor, low: Tensor, b: Tensor, wt: Tensor, wts: Tensor, balance_t: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x, A and B; the base matrix's part of the first in fp8."""
+    low_g = g @ b
+    return _fp8_product(g, low_g, wt, wts, balance_t), low_g.t() @ x, g.t() @ low
+
+
+def _fp8_product(x: Tensor, low: Tensor, weight: Tensor, scale: Tensor, balance: Tensor) -> Tensor:
+    """[x | low] times the transpose of an extended fp8 matrix."""
+    of_row = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) * (ROOM / F8_MAX)
+    wide = (x.float() / of_row).to(F8)
+    narrow = _to_fp8(functional.pad(low, (0, weight.shape[1] - x.shape[1] - low.shape[1])), of_row * balance)
+    return _scaled_product(torch.cat([wide, narrow], 1), of_row, weight, scale, x.dtype)
+
+
+def _to_fp8(low: Tensor, scale: Tensor) -> Tensor:
+    return (low.float() / scale).clamp(-F8_MAX, F8_MAX).to(F8)
+
+
+def _scaled_product(x: Tensor, of_row: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]  # as torchao calls it
+        x, weight.t(), scale_a=of_row, scale_b=scale, out_dtype=dtype, use_fast_accum=True
+    )
+
+
+class _Nf4(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, a, b, packed, scales = args
+        low = x @ a.t()
+        ctx.save_for_backward(x, low, a, b, packed, scales)
+        return torch.addmm(low @ b.t(), x, _unpack(packed, scales, x, b).t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, low, a, b, packed, scales = ctx.saved_tensors
+        (g,) = grads
+        low_g = g @ b
+        return torch.addmm(low_g @ a, g, _unpack(packed, scales, x, b)), low_g.t() @ x, g.t() @ low, None, None
+
+
+def _unpack(packed: Tensor, scales: Tensor, x: Tensor, b: Tensor) -> Tensor:
+    shape = [len(b), x.shape[1]]
+    return torch.ops.bitsandbytes.dequantize_4bit(packed[:, None], scales, NF4_BLOCK, "nf4", shape, x.dtype)
+
+
+# SwiGLU
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        ctx.save_for_backward(*args)
+        return _swiglu(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return swiglu_backward(*grads, *ctx.saved_tensors)
+
+
+class _Fp8SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, a, b, w, ws, wt, wts, balance, balance_t = args
+        low = x @ a.t()
+        both = _fp8_product(x, low, w, ws, balance)
+        ctx.save_for_backward(x, low, both, b, wt, wts, balance_t)
+        return _swiglu(both)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *_swiglu_gradients_in_fp8(*grads, *ctx.saved_tensors), None, None, None, None, None, None
+
+
+class _Fp8BackwardSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, a, b, weight, wt, wts, balance_t = args
+        low = x @ a.t()
+        both = _extended_product(x, low, weight.t())
+        ctx.save_for_backward(x, low, both, b, wt, wts, balance_t)
+        return _swiglu(both)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *_swiglu_gradients_in_fp8(*grads, *ctx.saved_tensors), None, None, None, None
+
+
+def _swiglu(both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, 1)
+    return functional.silu(gate) * up
+
+
+def _swiglu_gradients_in_fp8(grad: Tensor, x: Tensor, low: Tensor, *map_back: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dx, g, low_g = swiglu_map_backward(grad, *map_back)
+    return dx, low_g.t() @ x, g.t() @ low
+
+
+@torch.library.custom_op("amazon_ft::swiglu_backward", mutates_args=())
+def swiglu_backward(grad: Tensor, both: Tensor) -> Tensor:
+    """The gradient of gate and up, side by side in `both` (rows, 2 I), of that of silu(gate) * up, (rows, I)."""
+    if grad.is_cuda:
+        from tasks.training.fast import kernels
+
+        return kernels.swiglu_backward(grad, both)
+    gate, up = both.chunk(2, 1)
+    return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * functional.silu(gate)], 1)
+
+
+@swiglu_backward.register_fake
+def _(_grad: Tensor, both: Tensor) -> Tensor:
+    return torch.empty_like(both)
+
+
+@torch.library.custom_op("amazon_ft::swiglu_map_backward", mutates_args=())
+def swiglu_map_backward(
+    grad: Tensor, both: Tensor, b: Tensor, wt: Tensor, wts: Tensor, balance_t: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of x by the map that gave `both`, the base matrix's part in fp8; that of `both`; and the latter times B."""
+    if not grad.is_cuda:
+        g = swiglu_backward(grad, both)
+        low = g @ b
+        return _fp8_product(g, low, wt, wts, balance_t), g, low
+    from tasks.training.fast import kernels
+
+    g, wide, of_row = kernels.swiglu_backward_in_fp8(grad, both, wt.shape[1], ROOM / F8_MAX)
+    low = g @ b
+    wide[:, g.shape[1] : g.shape[1] + low.shape[1]] = _to_fp8(low, of_row * balance_t)
+    return _scaled_product(wide, of_row, wt, wts, g.dtype), g, low
+
+
+@swiglu_map_backward.register_fake
+def _(_grad: Tensor, both: Tensor, b: Tensor, wt: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return both.new_empty((len(both), len(wt))), torch.empty_like(both), both.new_empty((len(both), b.shape[1]))
