@@ -20,7 +20,6 @@ import zipfile
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from tasks.caching.files import file_digest
 from tasks.caching.stage import stage
@@ -207,6 +206,8 @@ def rebuild(source: Path, target: Path) -> None:
 
     What depends on the library's version or on the place is left out of the configs, so that equal weights are equal bytes.
     """
+    from unittest.mock import patch
+
     import gguf
     import torch
     from safetensors.torch import save_file

@@ -27,6 +27,7 @@ QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_UI_ENABLED": "false",
     "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+    "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",  # only pages ask for them, and it is a quarter of the start
     "PREFECT_LOGGING_LEVEL": "ERROR",
     "PREFECT__SERVER_EPHEMERAL": "1",
     "PREFECT__SERVER_FINAL": "1",

@@ -18,6 +18,7 @@ import httpx
 import psutil
 import pytest
 
+from flows.running.bars import SWITCHES
 from tests.support.checkout import Checkout
 from tests.support.tiny import make_tiny_model
 
@@ -31,6 +32,8 @@ SIZES = [
     "evaluate.max_new_tokens=8",
 ]
 SHORT = ["finetune.max_steps=4", "finetune.logging_steps=1", "finetune.save_steps=2"]
+PREPARED = ["catalogue", "ingest", "sample", "sharegpt", "template", "tokenize"]
+"""The demo's stages that need no device."""
 PATIENCE_SECONDS = 400
 """How long to wait for what must happen: most of it takes seconds on an idle machine, and minutes on a busy one."""
 
@@ -122,11 +125,15 @@ class Served:
 
     def training(self, run: str) -> str:
         """The id of a run's child once it trains: some steps later than now."""
-        before = self.steps()
         child = self.child(run)["id"]
+        self.trains(child)
+        return child
+
+    def trains(self, child: str) -> None:
+        """Return once a child that has only just been created trains: some steps later than now."""
+        before = self.steps()
         until(lambda: self.steps() > before or self.run(child)["state_type"] not in ("SCHEDULED", "PENDING", "RUNNING"))
         assert self.run(child)["state_type"] == "RUNNING", self.run(child)["state"]
-        return child
 
     def checkpoints(self) -> set[str]:
         return {str(path.relative_to(self.home)) for path in (self.home / "work").glob("*/checkpoint-*")}
@@ -180,11 +187,13 @@ def serve(root: Path, *options: str) -> Iterator[Served]:
         "PREFECT_HOME": str(root / "prefect"),
         "OMP_NUM_THREADS": "1",
         "PREFECT_LOGGING_LEVEL": "INFO",
+        "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",  # no test asks for a block
     }
+    env = {name: value for name, value in os.environ.items() if name not in SWITCHES}
     with (root / "up.log").open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.cli", "up", "--port", str(port), *options],
-            env=os.environ | own | {"PYTHONPATH": str(checkout.path), "PYTHONUNBUFFERED": "1"},
+            env=env | own | {"PYTHONPATH": str(checkout.path), "PYTHONUNBUFFERED": "1"},
             cwd=root,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -198,4 +207,4 @@ def serve(root: Path, *options: str) -> Iterator[Served]:
         served.stop()
 
 
-__all__ = ["SHORT", "SIZES", "Served", "serve", "until"]
+__all__ = ["PREPARED", "SHORT", "SIZES", "Served", "serve", "until"]

@@ -1,6 +1,6 @@
-"""Deployed: `amazon-ft up`, then `prefect deployment run amazon-ft/demo` from another shell, and all that may go wrong.
+"""Deployed: `amazon-ft up`, then `prefect deployment run amazon-ft/demo` from another shell, and what is seen of it.
 
-Only the model's directory and sizes differ from the shipped demo.
+Only the model's directory and sizes differ from the shipped demo. What may go wrong is in test_deployed_faults.py.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.served import SHORT, Served, until
-
-PREPARED = ["catalogue", "ingest", "sample", "sharegpt", "template", "tokenize"]
+from tests.e2e.served import PREPARED, SHORT, Served, until
 
 
 @pytest.fixture(scope="module")
-def finished_run(served: Served) -> str:
+def settings() -> list[str]:
+    """Of the finished run."""
+    return SHORT
+
+
+@pytest.fixture(scope="module")
+def finished_run(served: Served, settings: list[str]) -> str:
     """A run by Prefect's own command line that found no cuda worker at first; its id."""
     worker = served.process_named("inner", "--name", "cuda-0")
     worker.send_signal(signal.SIGSTOP)
@@ -30,7 +34,7 @@ def finished_run(served: Served) -> str:
     served.request("DELETE", f"{workers}/cuda-0")
     command = [sys.executable, "-m", "prefect", "deployment", "run", "amazon-ft/demo", "--param"]
     done = subprocess.run(
-        [*command, f"overrides={json.dumps(served.overrides(*SHORT))}"],
+        [*command, f"overrides={json.dumps(served.overrides(*settings))}"],
         env=served.env,
         capture_output=True,
         text=True,
@@ -110,9 +114,16 @@ def test_logs_of_the_stages_reach_the_server(served: Served, finished_run: str) 
     assert until(lambda: "step 4 of 4" in served.logs(child))
 
 
+def test_the_log_of_a_workers_flow_run_has_no_bars(served: Served, finished_run: str) -> None:
+    log = (served.home / "logs" / "cuda-0.log").read_text()
+    assert "step 4 of 4" in log
+    assert "%|" not in log
+    assert "\r" not in log
+
+
 @pytest.mark.slow("a deployed run")
-def test_second_run_is_all_cached_without_a_child(served: Served, finished_run: str) -> None:
-    again = served.start(*SHORT)
+def test_second_run_is_all_cached_without_a_child(served: Served, finished_run: str, settings: list[str]) -> None:
+    again = served.start(*settings)
     assert served.ended(again)["state_type"] == "COMPLETED"
     assert served.children(again) == []
     assert set(served.tasks(again).values()) == {"Cached"}
@@ -125,49 +136,6 @@ def test_failure_of_the_training_reaches_the_parent_in_its_own_words(served: Ser
     message = served.run(run)["state"]["message"]
     assert "DivergedError: finetune step 1: training diverged" in message
     assert message.endswith(served.child(run)["state"]["message"])
-
-
-@pytest.mark.slow("a deployed run and two trainings")
-def test_killed_training_crashes_the_run_and_a_retry_reruns_only_that(served: Served, finished_run: str, long: list[str]) -> None:
-    run = served.start(*long, "finetune.max_steps=150")
-    child = served.training(run)
-    served.process_of(child).kill()
-    assert served.ended(child)["state_type"] == "CRASHED"
-    assert served.ended(run)["state_type"] == "CRASHED"
-    assert "SIGKILL" in served.run(run)["state"]["message"]
-    served.set_state(run, "SCHEDULED", name="AwaitingRetry", force=True)  # what the page's Retry does
-    until(lambda: served.run(run)["run_count"] == 2)
-    assert served.ended(run)["state_type"] == "COMPLETED"
-    again = {name: state for name, state in served.tasks(run, run_count=2).items() if name in PREPARED}
-    assert again == dict.fromkeys(PREPARED, "Cached")
-    assert len(served.children(run)) == 2
-
-
-@pytest.mark.slow("a deployed run and its training")
-def test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint(
-    served: Served, finished_run: str, long: list[str]
-) -> None:
-    run = served.start(*long)
-    child = served.training(run)
-    before = served.checkpoints()
-    served.set_state(run, "CANCELLING")
-    assert served.ended(run)["state_type"] == "CANCELLED"
-    until(lambda: served.checkpoints() - before)
-    until(lambda: served.run(child)["state_type"] == "CANCELLED")
-
-
-@pytest.mark.slow("a deployed run and its training")
-def test_killed_worker_crashes_its_run_with_the_cause_and_up_starts_it_again(
-    served: Served, finished_run: str, long: list[str]
-) -> None:
-    run = served.start(*long)
-    child = served.training(run)
-    worker = served.process_named("inner", "--name", "cuda-0")
-    worker.kill()
-    assert served.ended(child)["state_type"] == "CRASHED"
-    assert "worker that ran this was killed" in served.run(child)["state"]["message"]
-    assert served.ended(run)["state_type"] == "CRASHED"
-    until(lambda: served.process_named("inner", "--name", "cuda-0").pid != worker.pid)
 
 
 def page(url: str, profile: Path) -> str:

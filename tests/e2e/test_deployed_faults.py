@@ -1,4 +1,4 @@
-"""The server goes away in the middle of a training, and everything ends with Ctrl-C."""
+"""Deployed: what is killed, cancelled or goes away in the middle of a training."""
 
 from __future__ import annotations
 
@@ -9,29 +9,68 @@ from contextlib import closing
 
 import pytest
 
-from tests.e2e.served import Served, until
+from tests.e2e.served import PREPARED, Served, until
 
 OUTAGE_SECONDS = 10
-STEPS = 300
-"""Of the training; about as long as the outage on a quick machine, many times that on a slow one."""
+
+
+@pytest.fixture(scope="module")
+def killed(served: Served, long: list[str]) -> str:
+    """A run whose training was killed; its id."""
+    run = served.start(*long, "finetune.max_steps=300")
+    served.process_of(served.training(run)).kill()
+    return run
+
+
+@pytest.mark.slow("a deployed run and its training")
+def test_killed_training_crashes_the_run(served: Served, killed: str) -> None:
+    assert served.ended(served.child(killed)["id"])["state_type"] == "CRASHED"
+    assert served.ended(killed)["state_type"] == "CRASHED"
+    assert "SIGKILL" in served.run(killed)["state"]["message"]
 
 
 @pytest.mark.slow("a training, and a server that is away for a while")
-def test_training_goes_on_while_the_server_is_away(served: Served, long: list[str]) -> None:
-    run = served.start(*long, f"finetune.max_steps={STEPS}", "finetune.seed=1")
-    child = served.training(run)
+def test_retry_reruns_only_the_training_which_goes_on_while_the_server_is_away(served: Served, killed: str) -> None:
+    served.ended(killed)
+    (first,) = served.children(killed)
+    served.set_state(killed, "SCHEDULED", name="AwaitingRetry", force=True)  # what the page's Retry does
+    (again,) = until(lambda: [child for child in served.children(killed) if child["id"] != first["id"]])
+    served.trains(again["id"])
     served.process.send_signal(signal.SIGSTOP)  # or it would start the server again
     served.process_named("inner", "server").kill()
-    before, counts = served.steps(), list[int]()
-    for _ in range(4):
-        time.sleep(OUTAGE_SECONDS / 4)
-        counts.append(served.steps())
+    before = served.steps()
+    time.sleep(OUTAGE_SECONDS)
+    assert served.steps() > before
     served.process.send_signal(signal.SIGCONT)
-    assert before < counts[-1]
-    assert counts == sorted(counts)
-    assert counts[0] < counts[-1] or counts[-1] % STEPS == 0  # the end of the training
-    assert served.ended(child)["state_type"] == "COMPLETED"
-    assert served.ended(run)["state_type"] == "COMPLETED", served.run(run)["state"]
+    assert served.ended(again["id"])["state_type"] == "COMPLETED"
+    run = served.ended(killed)
+    assert (run["state_type"], run["run_count"]) == ("COMPLETED", 2), run["state"]
+    stages = {name: state for name, state in served.tasks(killed, run_count=2).items() if name in PREPARED}
+    assert stages == dict.fromkeys(PREPARED, "Cached")
+    assert len(served.children(killed)) == 2
+
+
+@pytest.mark.slow("a deployed run and its training")
+def test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint(served: Served, long: list[str]) -> None:
+    run = served.start(*long)
+    child = served.training(run)
+    before = served.checkpoints()
+    served.set_state(run, "CANCELLING")
+    assert served.ended(run)["state_type"] == "CANCELLED"
+    until(lambda: served.checkpoints() - before)
+    until(lambda: served.run(child)["state_type"] == "CANCELLED")
+
+
+@pytest.mark.slow("a deployed run and its training")
+def test_killed_worker_crashes_its_run_with_the_cause_and_up_starts_it_again(served: Served, long: list[str]) -> None:
+    run = served.start(*long)
+    child = served.training(run)
+    worker = served.process_named("inner", "--name", "cuda-0")
+    worker.kill()
+    assert served.ended(child)["state_type"] == "CRASHED"
+    assert "worker that ran this was killed" in served.run(child)["state"]["message"]
+    assert served.ended(run)["state_type"] == "CRASHED"
+    until(lambda: served.process_named("inner", "--name", "cuda-0").pid != worker.pid)
 
 
 @pytest.mark.slow("a deployed run and its training")

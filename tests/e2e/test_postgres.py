@@ -19,12 +19,8 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.served import Served, serve
-from tests.e2e.test_deployed import (
-    finished_run,
-    test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint,
-    test_run_completes_and_trains_on_the_cuda_pool,
-    test_second_run_is_all_cached_without_a_child,
-)
+from tests.e2e.test_deployed import test_run_completes_and_trains_on_the_cuda_pool, test_second_run_is_all_cached_without_a_child
+from tests.e2e.test_deployed_faults import test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
@@ -88,21 +84,27 @@ def served(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iter
         assert not (running.root / "prefect" / "prefect.db").exists()
 
 
-@pytest.mark.slow("a deployed run and its training")
-def test_run_outlives_lost_connections_to_the_database(served: Served, postgres: Postgres, long: list[str]) -> None:
-    run = served.start(*long, "finetune.max_steps=150", "finetune.seed=3")
-    child = served.training(run)
+@pytest.fixture(scope="module")
+def settings(long: list[str]) -> list[str]:
+    """Of the finished run."""
+    return [*long, "finetune.max_steps=150"]
+
+
+@pytest.fixture(scope="module")
+def finished_run(served: Served, postgres: Postgres, settings: list[str]) -> str:
+    """A run; while it trained, the server lost its connections to the database four times. Its id."""
+    run = served.start(*settings)
+    served.training(run)
     lost = 0
     for _ in range(4):
         lost += int(postgres.ask(CLOSE_ALL))
         time.sleep(0.5)
     assert lost >= 4, "each time the server had opened a new one"
-    assert served.ended(child)["state_type"] == "COMPLETED", served.run(child)["state"]
-    assert served.ended(run)["state_type"] == "COMPLETED", served.run(run)["state"]
+    served.ended(run)
+    return run
 
 
 __all__ = [
-    "finished_run",
     "test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint",
     "test_run_completes_and_trains_on_the_cuda_pool",
     "test_second_run_is_all_cached_without_a_child",

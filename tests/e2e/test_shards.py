@@ -18,6 +18,8 @@ from tasks.catalogue import lines
 from tasks.config import CatalogueConfig, IngestConfig
 from tasks.ingest import ingest
 from tasks.reading.sources import locate_source
+from tests.support import forked
+from tests.support.checkout import PROJECT
 
 READ = Path(__file__).parent / "shard_stages.py"
 FIVE = 5
@@ -34,7 +36,7 @@ def files(tmp_path: Path) -> list[str]:
 
 
 def read(files: list[str], **env: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, READ, *files], env=os.environ | env, capture_output=True, text=True, check=False)
+    done = forked.run([READ, *files], cwd=PROJECT, env=os.environ | env | {"PYTHONPATH": str(PROJECT)})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -9,17 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
+
+from tests.support.once import made_once
 
 NAME = "prefect.db"
 
 
 def place_database(prefect_home: Path, factory: pytest.TempPathFactory) -> None:
     """Put an empty, migrated database where a server with that PREFECT_HOME looks for its own."""
-    base = factory.getbasetemp()
-    common = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # of all workers of the session
-    made = common / "migrated"
-    with FileLock(common / "migrated.lock"):
+    with made_once("migrated", factory) as made:
         if not (made / NAME).exists():
             command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"]
             environment = os.environ | {

@@ -55,6 +55,8 @@ class Forked:
         folder = Path(mkdtemp())
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._outputs = (folder / "stdout", folder / "stderr")
+        for output in self._outputs:
+            output.touch()
         told = (list(map(str, arguments)), str(cwd), dict(env), list(map(str, self._outputs)))
         self._process = _server.Process(target=_become, args=told)
         self._process.start()

@@ -18,17 +18,6 @@ from tests.support.checkout import PROJECT
 
 pytestmark = pytest.mark.heavy
 
-FLOW_RUN = """
-import asyncio, sys, yaml
-from prefect.deployments.steps.core import run_steps
-from flows.server.deploy import PREFECT_FILE
-asyncio.run(run_steps(yaml.safe_load(PREFECT_FILE.read_text())["pull"]))
-from flows.amazon_ft import amazon_ft
-from flows.recipes import load_recipe
-amazon_ft(load_recipe(sys.argv[1], sys.argv[2:]))
-"""
-"""A worker's flow run, but for the worker: the pull steps of each deployment, then the flow."""
-
 
 @dataclass(frozen=True)
 class Ended:
@@ -74,13 +63,6 @@ def ran(tiny: Tiny) -> Ended:
 def test_the_log_of_a_run_has_no_bars(ran: Ended) -> None:
     assert "finetune completed" in ran.log
     assert not has_bars(ran.log), ran.log
-
-
-def test_the_log_of_a_workers_flow_run_has_no_bars(tiny: Tiny, ran: Ended) -> None:
-    ended = start(tiny, tiny.home.parent, ["-c", FLOW_RUN, "tiny.yaml", "model.id=model", "finetune.seed=1"])
-    assert ended.code == 0, ended.log
-    assert len(list((tiny.home / "work").iterdir())) == 2, "it trained once more"
-    assert not has_bars(ended.log), ended.log
 
 
 def test_a_base_model_named_relative_to_the_run_is_found_from_elsewhere(tiny: Tiny, ran: Ended, tmp_path: Path) -> None:
