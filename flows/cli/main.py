@@ -8,7 +8,8 @@ import sys
 import typer
 
 from flows.cli import bench, cache, models, runs, servers
-from flows.cli.options import FAILED, INTERRUPTED, WRONG_INPUT, Debug, err
+from flows.cli.options import FAILED, WRONG_INPUT, Debug, err
+from flows.running.interruption import Interrupted, be_interruptible
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,12 +31,13 @@ def any_command(debug: Debug = False) -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake ends with one message and an exit code, never a stack trace."""
+    be_interruptible()
     _reach_this_machine_directly()
     try:
         app()
-    except KeyboardInterrupt:
+    except Interrupted as end:
         err.print("interrupted; finished stages are kept")
-        sys.exit(INTERRUPTED)
+        sys.exit(end.exit_code)
     except Exception as error:
         _fail(error)
 

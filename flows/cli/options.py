@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, WRONG_INPUT = 1, 2
 
 err = Console(stderr=True)
 

@@ -1,6 +1,7 @@
 """A Prefect server for one process: started with it, ended with it, however it ends.
 
-Prefect's own ephemeral server stays behind when its parent is killed; this one runs guarded (flows/running/supervisor.py).
+Prefect's own ephemeral server stays behind when its parent is killed; this one runs guarded (flows/running/supervisor.py), in a
+session of its own, so that a run which is interrupted can still tell it how it ended.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def prefect_server() -> Generator[str]:
     with log.open("wb") as output:
         port = _free_port()
         command = guarded(INNER, "uvicorn", *SERVER, "--port", str(port))
-        process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | QUIET)
+        process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | QUIET, start_new_session=True)
         os.environ["PREFECT_API_URL"] = url = f"http://127.0.0.1:{port}/api"
         try:
             wait_until_healthy(url, process, log)

@@ -8,7 +8,6 @@ flow runs first.
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import time
@@ -16,13 +15,13 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import psutil
 from rich.console import Console
 
 from flows.running import supervisor
 from flows.running.gpus import Gpu, visible_gpus
+from flows.running.interruption import Interrupted
 from flows.running.pools import CPU_POOL, CUDA_POOL, online_workers
 from flows.server import deploy
 from flows.server.ephemeral import wait_until_healthy
@@ -117,7 +116,7 @@ def run_until_interrupted(options: UpOptions, console: Console) -> None:
     """
     _check_port(options)
     gpus = visible_gpus()
-    with _ended_by_signals(), _processes(options) as processes:
+    with _processes(options) as processes:
         os.environ["PREFECT_API_URL"] = f"{options.url}/api"
         server = processes.start("server", *server_command(options))
         wait_until_healthy(f"{options.url}/api", server, log_of("server"))
@@ -126,7 +125,7 @@ def run_until_interrupted(options: UpOptions, console: Console) -> None:
         deploy.register()
         _wait_until_online(names)
         _tell(options, gpus, console)
-        with suppress(KeyboardInterrupt):
+        with suppress(Interrupted):
             while True:
                 processes.revive(console)
                 time.sleep(1)
@@ -227,18 +226,3 @@ def serve_pool(pool: str, name: str | None, *, healthcheck: bool) -> int:
     options = (["--limit", "1"] if pool == CUDA_POOL else []) + (["--with-healthcheck"] if healthcheck else [])
     named = ["--name", name] if name else []
     return supervisor.supervise(os.getppid(), ["prefect", "worker", "start", "--pool", pool, *named, *options])
-
-
-@contextmanager
-def _ended_by_signals() -> Generator[None]:
-    """SIGTERM and SIGINT end the block as Ctrl-C does, even where a shell started this in the background and ignores SIGINT."""
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

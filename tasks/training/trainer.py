@@ -8,13 +8,17 @@ them; a resume at the last step would train one step more, so a finished trainin
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from contextvars import copy_context
 from itertools import islice
+from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -25,6 +29,10 @@ from tasks.training.validation import ValidationLoss, best_step, has_stopped_imp
 from tasks.training.watch import LOG, DivergenceCheck, Watch, read_log, rewind_log
 
 logger = logging.getLogger(__name__)
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+TWICE_SECONDS = 0.5
+"""`timeout` sends its signal to the process and to its group: one that comes twice at once is one."""
 
 
 def train_with_trl(job: Job, model: Any, tokenizer: Any, settings: dict[str, Any]) -> float:
@@ -57,7 +65,7 @@ def run_trainer(job: Job, trainer: Any) -> float:
         memory_gib=lambda: used_gib(job.resolved.device),
     )
     _attach(trainer, watch, job)
-    with _terminable(trainer):
+    with _stoppable(trainer):
         trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
     return peak_gib(job.resolved.device)
 
@@ -201,33 +209,64 @@ def _decide(job: Job, step: int, control: Any) -> None:
 
 
 @contextmanager
-def _terminable(trainer: Any) -> Generator[None]:
-    """On SIGTERM end after the step at hand with a checkpoint, and only then let the signal do what it did before."""
+def _stoppable(trainer: Any) -> Generator[None]:
+    """Let a signal end the training after the step at hand, with a checkpoint, and only then do what it did before."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     from transformers import TrainerCallback
 
-    received = threading.Event()
+    stop = Stop()
 
-    def note(_signal: int, _frame: FrameType | None) -> None:
-        logger.warning("SIGTERM: a checkpoint is written after the step at hand, then the training ends.")
-        received.set()
-
-    class Terminating(TrainerCallback):
+    class Stopping(TrainerCallback):
         def on_step_end(self, *args: Any, **_: Any) -> None:
-            control = args[2]
-            if received.is_set():
-                control.should_save = control.should_training_stop = True
+            stop.steps += 1
+            if stop.number is not None:
+                args[2].should_save = args[2].should_training_stop = True
 
-    trainer.callback_handler.callbacks.insert(0, Terminating())
-    before = signal.signal(signal.SIGTERM, note)
+    trainer.callback_handler.callbacks.insert(0, Stopping())
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-    if received.is_set():
-        os.kill(os.getpid(), signal.SIGTERM)
+        stop.pass_on()
+
+
+class Stop:
+    """Keeps a signal until the step at hand is over; while there is no step to keep, and at a second Ctrl-C, it passes it on."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.steps = 0
+        self._at = math.inf
+        self._told = SimpleQueue[int | None]()
+        # A handler may interrupt whoever holds the log's lock, a thread does not.
+        threading.Thread(target=copy_context().run, args=(self._announce,), daemon=True).start()
+        self._before = {number: handler for number in STOPPING if (handler := signal.getsignal(number)) is not signal.SIG_IGN}
+        for number in self._before:
+            signal.signal(number, self._note)
+
+    def pass_on(self) -> None:
+        """Give the signals back to whom they belonged, and to them the one that came."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._told.put(None)
+        if self.number is not None:
+            number, self.number = self.number, None
+            os.kill(os.getpid(), number)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        again = number == signal.SIGINT and time.monotonic() > self._at + TWICE_SECONDS
+        first, self.number = self.number is None, number
+        self._at = min(self._at, time.monotonic())
+        if again or not self.steps:
+            self.pass_on()
+        elif first:
+            self._told.put(number)
+
+    def _announce(self) -> None:
+        while (number := self._told.get()) is not None:
+            name = signal.Signals(number).name
+            logger.warning("%s: a checkpoint is written after the step at hand, then the training ends.", name)
 
 
 @contextmanager

@@ -151,10 +151,10 @@ class Served:
         found = (process for process in psutil.process_iter() if process.pid != os.getpid())
         return [process for process in found if _environment(process).get("AMAZON_FT_HOME") == str(self.home)]
 
-    def stop(self) -> None:
-        """Ctrl-C."""
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """Ctrl-C, or another signal."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.send_signal(how)
             self.process.wait(PATIENCE_SECONDS)
 
 

@@ -74,12 +74,12 @@ def test_killed_worker_crashes_its_run_with_the_cause_and_up_starts_it_again(ser
 
 
 @pytest.mark.slow("a deployed run and its training")
-def test_ctrl_c_ends_everything_after_the_training_wrote_a_checkpoint(served: Served, long: list[str]) -> None:
+def test_sigterm_ends_everything_after_the_training_wrote_a_checkpoint(served: Served, long: list[str]) -> None:
     run = served.start(*long, "finetune.seed=2")
     child = served.training(run)
     before = served.checkpoints()
     assert len(served.processes()) >= 6
-    served.stop()
+    served.stop(signal.SIGTERM)  # Ctrl-C is one handler with it
     assert served.process.returncode == 0
     until(lambda: not served.processes())
     assert served.checkpoints() - before

@@ -158,7 +158,7 @@ REWORDED = [
     ("tasks/text/chat_template.py", '(f"template.chat_template: {what}.")', '(f"chat template: {what}!")'),
     ("tasks/template.py", "template: %s texts, %s to evaluate on", "%s texts are rendered, %s to evaluate on"),
     ("tasks/training/hardware.py", "Unsloth is not installed: got unsloth", "there is no Unsloth here: got unsloth"),
-    ("tasks/training/trainer.py", "SIGTERM: a checkpoint is written", "Told to end: a checkpoint is written"),
+    ("tasks/training/trainer.py", "%s: a checkpoint is written", "Told to end by %s: a checkpoint is written"),
     ("tasks/training/backend.py", '"""Holds the checkpoints', '"""Where one finds the checkpoints'),
     ("tasks/training/loading.py", '"""The causal language model', '"""Load the causal language model'),
     ("tasks/training/inference/scoring.py", "    texts: list[str] = []", "    texts: list[Any] = []"),

@@ -51,13 +51,14 @@ _server.set_forkserver_preload(LIBRARIES)
 class Forked:
     """A program that was started; as much of subprocess.Popen as tests ask for."""
 
-    def __init__(self, arguments: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str]) -> None:
+    def __init__(self, arguments: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str], leader: bool = False) -> None:
+        """The leader of a process group can be signalled with all that it started, as a terminal does."""
         folder = Path(mkdtemp())
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._outputs = (folder / "stdout", folder / "stderr")
         for output in self._outputs:
             output.touch()
-        told = (list(map(str, arguments)), str(cwd), dict(env), list(map(str, self._outputs)))
+        told = (list(map(str, arguments)), str(cwd), dict(env), list(map(str, self._outputs)), leader)
         self._process = _server.Process(target=_become, args=told)
         self._process.start()
 
@@ -93,6 +94,10 @@ class Forked:
     def send_signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
+    def signal_group(self, number: signal.Signals) -> None:
+        """To it, which leads a group, and to all that it started and left in there."""
+        os.killpg(self.pid, number)
+
 
 def run(arguments: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str]) -> Forked:
     """A program that came to its end."""
@@ -101,8 +106,11 @@ def run(arguments: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str]) -
     return started
 
 
-def _become(arguments: list[str], cwd: str, env: dict[str, str], outputs: list[str]) -> None:
+def _become(arguments: list[str], cwd: str, env: dict[str, str], outputs: list[str], leader: bool) -> None:
     """Be `python ARGUMENTS`: `-m MODULE ...`, `-c CODE ...` or `PROGRAM ...`."""
+    if leader:
+        os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
     gc.freeze()  # what was imported stays; collecting it again and again would take longer than a plan
     for number, output in enumerate(outputs, start=1):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
