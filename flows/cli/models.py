@@ -60,7 +60,10 @@ def serve(
     model: ModelName,
     port: Annotated[int, typer.Option(min=1, max=65_535, help="On 127.0.0.1.")] = 8000,
 ) -> None:
-    """Serve a saved model at an OpenAI-compatible endpoint, until Ctrl-C."""
+    """Serve a saved model at an OpenAI-compatible endpoint, until Ctrl-C.
+
+    With AMAZON_FT_API_KEY set, only to those who send it as a bearer token.
+    """
     from flows.models.saved import find_saved
     from flows.models.serve import become_server
 

@@ -1,7 +1,7 @@
 """amazon-ft serve: a saved model behind an OpenAI-compatible endpoint, by vLLM where it is installed, else by transformers.
 
-Neither is ours: what is served is adapter and base model merged, made once under AMAZON_FT_HOME/served, since transformers'
-server takes no adapter.
+What is served is adapter and base model merged, made once under AMAZON_FT_HOME/served, since transformers' server takes no
+adapter. Before that server stand our own routes (flows/models/endpoint.py), which check what is asked; vLLM checks it itself.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tasks.caching.locks import locked
 from tasks.refs import ConfigError, home
 
 HOST = "127.0.0.1"
+API_KEY = "AMAZON_FT_API_KEY"
 NEEDED = ("fastapi", "openai", "uvicorn")
 """Imports of transformers' server."""
 
@@ -53,25 +54,25 @@ def merged_copy(saved: Saved, say: Callable[[str], None]) -> Path:
 
 
 def command(server: str, model: Path, port: int) -> list[str]:
-    """The server's own command line, to run beside the model's directory: its name is what clients call the model."""
-    own = (
-        [str(Path(sys.executable).parent / "vllm")]
-        if server == "vllm"
-        else [sys.executable, "-m", "transformers.cli.transformers"]
-    )
-    return [*own, "serve", model.name, "--host", HOST, "--port", str(port)]
+    """The server's command line, which calls the model as its directory is called."""
+    if server == "transformers":
+        return [sys.executable, "-m", "flows.models.endpoint", str(model), str(port)]
+    own = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--served-model-name", model.name]
+    return [*own, "--host", HOST, "--port", str(port), "--middleware", "flows.models.endpoint.ThisMachineOnly"]
 
 
 def become_server(saved: Saved, port: int, say: Callable[[str], None]) -> None:
-    """Become the server, until Ctrl-C; it listens on this machine only.
+    """Become the server, until Ctrl-C; it listens on this machine only, and wants the key of AMAZON_FT_API_KEY if there is one.
 
     Raises:
         ConfigError: when no server is installed.
     """
     server = check_server()
     model = merged_copy(saved, say)
-    say(f"{server} serves model {model.name} at http://{HOST}:{port}/v1/chat/completions; Ctrl-C ends it")
+    key = os.environ.get(API_KEY)
+    lock = f"with the key in {API_KEY}" if key else f"without a key: {API_KEY} is not set"
+    say(f"{server} serves model {model.name} at http://{HOST}:{port}/v1/chat/completions, {lock}; Ctrl-C ends it")
     line = command(server, model, port)
-    os.chdir(model.parent)
     # All that it needs is here, and what else lies in the Hub's cache is not for its clients.
-    os.execve(line[0], line, os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(model.parent), "DO_NOT_TRACK": "1"})
+    own = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(model.parent), "DO_NOT_TRACK": "1"} | ({"VLLM_API_KEY": key} if key else {})
+    os.execve(line[0], line, os.environ | own)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -73,7 +74,8 @@ def test_vllm_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(serve, "find_spec", lambda name: name == "vllm")
     assert serve.check_server() == "vllm"
     line = serve.command("vllm", Path("/home/served/ab/demo"), 8000)
-    assert line[1:] == ["serve", "demo", "--host", "127.0.0.1", "--port", "8000"]
+    assert line[1:3] == ["serve", "/home/served/ab/demo"]
+    assert {"--served-model-name demo", "--host 127.0.0.1", "--port 8000"} <= {f"{a} {b}" for a, b in pairwise(line)}
 
 
 def test_what_to_install_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
