@@ -6,9 +6,8 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from flows.cli.options import AsJson
+from flows.cli.options import AsJson, SafeConsole, echo
 
 app = typer.Typer(no_args_is_help=True, help="What lies under AMAZON_FT_HOME, and what may go.")
 
@@ -21,9 +20,9 @@ def cache_ls(as_json: AsJson = False) -> None:
 
     entries = inventory()
     if as_json:
-        typer.echo(json.dumps([vars(entry) for entry in entries], ensure_ascii=False))
+        echo(json.dumps([vars(entry) for entry in entries], ensure_ascii=False))
     else:
-        print_inventory(entries, Console())
+        print_inventory(entries, SafeConsole())
 
 
 @app.command("gc")
@@ -37,4 +36,4 @@ def cache_gc(
     from flows.running.garbage import collect, parse_age
 
     removed = collect(keep_last, parse_age(older_than), dry_run=dry_run)
-    print_removed(removed, Console(), dry_run=dry_run)
+    print_removed(removed, SafeConsole(), dry_run=dry_run)

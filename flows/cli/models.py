@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flows.choices import Format
-from flows.cli.options import err
+from flows.cli.options import echo, err
 from flows.running.bars import hide_bars
 
 app = typer.Typer()
@@ -34,7 +34,7 @@ def ask(
     saved = find_saved(model)
     _tell(f"model: {saved.path}")
     options = AskOptions(title, question, compare, max_new_tokens)
-    answer_titles(saved, options, read=input, say=lambda text: typer.echo(text, nl=False))
+    answer_titles(saved, options, read=input, say=lambda text: echo(text, nl=False))
 
 
 @app.command()
@@ -50,9 +50,9 @@ def export(
 
     hide_bars()
     saved, token = find_saved(model), read_token() if push else ""
-    announce(export_model(saved, how, out.absolute()), out, typer.echo)
+    announce(export_model(saved, how, out.absolute()), out, echo)
     if push:
-        typer.echo(f"pushed: {push_to_hub(out, push, token)}")
+        echo(f"pushed: {push_to_hub(out, push, token)}")
 
 
 @app.command()

@@ -10,10 +10,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from flows.choices import StageName
-from flows.cli.options import AsJson, Debug, Overrides, RecipeName, err
+from flows.cli.options import AsJson, Debug, Overrides, RecipeName, SafeConsole, echo, err
 from flows.running.bars import hide_bars
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def run(
     assert last.run is not None, "a flow that ends has opened a run"
     tables.print_outcome(last.run, chosen, saved, err)
     if as_json:
-        typer.echo(json.dumps(tables.summarize_run(last.run, chosen, saved), ensure_ascii=False))
+        echo(json.dumps(tables.summarize_run(last.run, chosen, saved), ensure_ascii=False))
 
 
 def _run_here(recipe: Recipe, until: StageName | None, debug: bool) -> SavedModel | None:
@@ -58,7 +57,9 @@ def _run_here(recipe: Recipe, until: StageName | None, debug: bool) -> SavedMode
     from flows.pipeline import plan_run, tune
     from flows.whole_run import run_recipe
     from tasks.caching.stage import OnlyServed
+    from tasks.reporting.visible import log_visibly
 
+    log_visibly()
     _log_to_terminal()
     if not os.environ.get("PREFECT_API_URL") and plan_run(recipe, until).is_cached:
         return run_recipe(recipe, until, OnlyServed(), tune)
@@ -100,9 +101,9 @@ def plan(recipe: RecipeName = "default", overrides: Overrides = None, as_json: A
 
     found = plan_run(load_recipe(recipe, overrides or ()))
     if as_json:
-        typer.echo(json.dumps({"stages": [tables.step_as_json(step) for step in found.steps]}, ensure_ascii=False))
+        echo(json.dumps({"stages": [tables.step_as_json(step) for step in found.steps]}, ensure_ascii=False))
     else:
-        tables.print_plan(found, Console())
+        tables.print_plan(found, SafeConsole())
 
 
 @app.command()
@@ -112,9 +113,9 @@ def runs(as_json: Annotated[bool, typer.Option("--json", help="As one JSON list.
 
     found = listing()
     if as_json:
-        typer.echo(json.dumps(found, ensure_ascii=False))
+        echo(json.dumps(found, ensure_ascii=False))
     else:
-        show_runs(found, Console())
+        show_runs(found, SafeConsole())
 
 
 @app.command()
@@ -130,6 +131,6 @@ def compare(
     past = past_runs()
     found = compare_runs(find_run(first, past), find_run(second, past))
     if as_json:
-        typer.echo(json.dumps(asdict(found), ensure_ascii=False))
+        echo(json.dumps(asdict(found), ensure_ascii=False))
     else:
-        show_comparison(found, Console())
+        show_comparison(found, SafeConsole())

@@ -6,10 +6,9 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from flows.choices import PoolType
-from flows.cli.options import FAILED, AsJson, Overrides, RecipeName, err
+from flows.cli.options import FAILED, AsJson, Overrides, RecipeName, SafeConsole, echo, err
 
 app = typer.Typer()
 
@@ -29,7 +28,7 @@ def up(
     """Start a server, work pools, workers and deployments on this machine; Ctrl-C ends them."""
     from flows.server.up import UpOptions, run_until_interrupted
 
-    run_until_interrupted(UpOptions(host=host, port=port, ui=ui, database_url=database_url), Console())
+    run_until_interrupted(UpOptions(host=host, port=port, ui=ui, database_url=database_url), SafeConsole())
 
 
 @app.command()
@@ -74,7 +73,7 @@ def doctor(recipe: RecipeName = "default", overrides: Overrides = None, as_json:
 
     found = examine(load_recipe(recipe, overrides or ()))
     if as_json:
-        typer.echo(json.dumps({"findings": [vars(finding) for finding in found]}, ensure_ascii=False))
+        echo(json.dumps({"findings": [vars(finding) for finding in found]}, ensure_ascii=False))
     else:
-        tables.print_findings(found, Console())
+        tables.print_findings(found, SafeConsole())
     raise typer.Exit(FAILED if any(finding.state == "missing" for finding in found) else 0)

@@ -1,6 +1,7 @@
 """The report of a run: one HTML file that needs no network, AMAZON_FT_HOME/models/RECIPE/report.html.
 
-It is written when a run has saved its model. Product text is hostile: everything is escaped but the plots, which are ours.
+It is written when a run has saved its model. Product text is hostile: everything is escaped but the plots, which are ours,
+control characters too; and the page asks the browser to run no script and to fetch nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tasks.refs import Products, SavedModel, Split, home
 from tasks.reporting import plots
 from tasks.reporting.markdown import number
 from tasks.reporting.model_card import FIGURES
+from tasks.reporting.visible import visible
 
 if TYPE_CHECKING:
     from tasks.config import Recipe
@@ -60,8 +62,14 @@ def render(told: Mapping[str, Any]) -> str:
     """The page of a run's facts."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    loader = PackageLoader("flows.reports", "")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("flows.reports", ""),
+        autoescape=True,
+        finalize=lambda value: visible(value) if isinstance(value, str) else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters["number"] = number
     return environment.get_template(TEMPLATE).render(told)
 

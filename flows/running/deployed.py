@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from flows.running import supervisor
 from tasks.config import Recipe
+from tasks.reporting.visible import log_visibly
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -84,6 +85,7 @@ def supervised() -> Generator[None]:
 
     for name in ("tasks", "flows"):
         logging.getLogger(name).setLevel(logging.INFO)
+    log_visibly()
     outlive_worker()
     supervisor.end_with_worker()
     try:

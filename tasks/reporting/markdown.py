@@ -13,6 +13,7 @@ from textwrap import wrap
 from typing import Any
 
 from tasks.reporting import plots
+from tasks.reporting.visible import visible
 
 LINE = 110
 """Characters of a line that the UI shows without scrolling."""
@@ -64,7 +65,8 @@ def marked_text(rows: Sequence[Sequence[tuple[str, bool]]]) -> str:
     """
     parts = ["# Rendered rows\n\nWhat the model is trained to say stands in ⟦ ⟧; the rest is only read.\n"]
     for number, row in enumerate(rows, start=1):
-        text = "".join(f"⟦{piece}⟧" if trained else piece for piece, trained in row).replace("````", "'```")
+        text = "".join(f"⟦{piece}⟧" if trained else piece for piece, trained in row)
+        text = visible(text).replace("````", "'```")
         parts.append(f"## Row {number}\n\n````text\n{text}\n````\n")
     return "\n".join(parts)
 
@@ -187,7 +189,7 @@ def number(value: object) -> str:
 def _fenced(*texts: str) -> str:
     """Texts as they are, in lines of at most LINE characters."""
     lines = [part for text in texts for line in text.splitlines() for part in wrap(line, LINE) or [""]]
-    body = "\n".join(lines).replace("````", "'```")
+    body = visible("\n".join(lines)).replace("````", "'```")
     return f"````text\n{body}\n````"
 
 
@@ -197,5 +199,5 @@ def _shown(text: str) -> str:
 
 def _cell(value: object) -> str:
     """Text that can't end its cell or start markup of its own."""
-    text = str(value).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;")
+    text = visible(str(value)).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;")
     return " ".join(text.split())

@@ -33,7 +33,7 @@ from tests.support.records import write_record
 from tests.support.tiny import make_tiny_tokenizer, tiny_tokens
 from tests.support.tuned import METRICS, artifact_of
 
-HOSTILE = "<script>alert('tuned')</script>"
+HOSTILE = "<script>alert('tuned')</script>\0\x1b]0;title\x07\u202efdp.exe"
 INTERVAL = {"nll_low": 0.125, "nll_high": 0.375}
 RECIPE = load_recipe("demo", ["finetune.batch_size=4"])
 
@@ -93,6 +93,16 @@ def test_the_page_needs_no_network_and_runs_no_script(run: runs.Run) -> None:
     assert "<script" not in text
     fetched = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(([^)]*)\)|@import (.*)""", text)
     assert {reference[:1] for found in fetched for reference in found if reference} == {"#"}
+
+
+def test_the_page_holds_no_control_and_lets_the_browser_run_and_fetch_nothing(run: runs.Run) -> None:
+    text = render(page_facts(run, RECIPE, saved_model()))
+    assert "␀␛]0;title␇\\u202efdp.exe" in text
+    assert not [character for character in text if not character.isprintable() and character != "\n"]
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    assert policy
+    assert policy[1].startswith("default-src 'none'; style-src 'unsafe-inline';")
+    assert text.index(policy[0]) < text.index("<style>")
 
 
 def test_a_verdict_comes_first(run: runs.Run) -> None:
