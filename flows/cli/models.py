@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Annotated
 
 import typer
@@ -34,7 +37,7 @@ def ask(
     saved = find_saved(model)
     _tell(f"model: {saved.path}")
     options = AskOptions(title, question, compare, max_new_tokens)
-    answer_titles(saved, options, read=input, say=lambda text: echo(text, nl=False))
+    answer_titles(saved, options, read=input, say=_sayer())
 
 
 @app.command()
@@ -69,6 +72,16 @@ def serve(
 
     hide_bars()
     become_server(find_saved(model), port, _tell)
+
+
+def _sayer() -> Callable[[str], None]:
+    """Where an answer goes: to a program as it is, to a terminal in lines of words."""
+    from flows.cli.terminal import WrappedWords
+
+    def say(text: str) -> None:
+        echo(text, nl=False)
+
+    return WrappedWords(get_terminal_size().columns, say) if sys.stdout.isatty() else say
 
 
 def _tell(text: str) -> None:

@@ -1,7 +1,11 @@
-"""How a run is watched at a terminal: a bar for the stage at hand, and its record for the tables at its end."""
+"""How a terminal shows what comes bit by bit: a bar for a run's stage at hand, its record for the tables, an answer's words."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -58,3 +62,28 @@ class Bar:
             self._task = self._bar.add_task("", total=total)
             self._bar.start()
         self._bar.update(self._task, description=line, completed=done, total=total)
+
+
+class WrappedWords:
+    """Says a text that comes in pieces of whole words, in lines that break between words."""
+
+    def __init__(self, columns: int, say: Callable[[str], None]) -> None:
+        self._columns, self._say = columns, say
+        self._column, self._gap = 0, ""
+
+    def __call__(self, text: str) -> None:
+        """Say another piece; spaces at its end wait for the word that follows, lest a line begins with them."""
+        for gap, word in re.findall(r"(\s*)(\S*)", text):
+            lines, newline, self._gap = (self._gap + gap).rpartition("\n")
+            if newline:
+                self._say(lines + newline)
+                self._column = 0
+            if word:
+                self._say_word(word)
+
+    def _say_word(self, word: str) -> None:
+        end = self._column + cell_len(self._gap + word)
+        if self._gap and self._column and end > self._columns:
+            self._gap, end = "\n", cell_len(word)
+        self._say(self._gap + word)
+        self._gap, self._column = "", end

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from flows.recipes import load_recipe
 from flows.reports.results import Results, flat, read_optional_json
@@ -34,6 +35,15 @@ logger = logging.getLogger(__name__)
 TEMPLATE = "page.html.j2"
 SHOWN_ROWS, SHOWN_ANSWERS = 2, 3
 RATE_POINTS = 60
+DECIMALS = {"perplexity": 2, "bleu": 1, "chrf": 1, "length_ratio": 2}
+"""Of figures that aren't told with three."""
+MEANING = {
+    "length_ratio": "1: as long as the references",
+    "repetition": "words said again and again",
+    "ends": "the others were cut off",
+    "copies_title": "to repeat the title tells nothing of the product",
+}
+"""Said of figures whose names leave it open."""
 HIGHER = {"rouge1", "rouge2", "rougeL", "bleu", "chrf", "ends"}
 """Figures of metrics.json that are better the higher they are; of the others all but length_ratio the lower."""
 
@@ -70,7 +80,7 @@ def render(told: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
+    environment.filters |= {"number": number, "decimals": decimals}
     return environment.get_template(TEMPLATE).render(told)
 
 
@@ -83,6 +93,8 @@ def page_facts(run: Run, recipe: Recipe, saved: SavedModel) -> dict[str, Any]:
         "recipe": recipe.name,
         "description": recipe.description,
         "model": str(home() / "models" / recipe.name / saved.name),
+        "model_link": f"{quote(saved.name)}/README.md",
+        "run_link": f"../../runs/{quote(run.id)}.json",
         "run": run.id,
         "ended": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "seconds": time.time() - run.started,
@@ -105,13 +117,16 @@ def page_facts(run: Run, recipe: Recipe, saved: SavedModel) -> dict[str, Any]:
 def compare_figures(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each figure that both models have, with its interval and whether the tuned one is better.
 
-    >>> compare_figures({"base": {"nll": 2.5, "chrf": 9.0}, "tuned": {"nll": 0.5, "nll_low": 0.4, "nll_high": 0.6}})
-    [{'name': 'nats per token', 'better': 'lower', 'base': (2.5, None, None), 'tuned': (0.5, 0.4, 0.6), 'gained': True}]
+    >>> row, = compare_figures({"base": {"nll": 2.5, "chrf": 9.0}, "tuned": {"nll": 0.5, "nll_low": 0.4, "nll_high": 0.6}})
+    >>> row["name"], row["better"], row["base"], row["tuned"], row["gained"]
+    ('nats per token', 'lower', (2.5, None, None), (0.5, 0.4, 0.6), True)
     """
     base, tuned = metrics.get("base", {}), metrics.get("tuned", {})
     return [
         {
             "name": name,
+            "meaning": MEANING.get(figure, ""),
+            "decimals": DECIMALS.get(figure, 3),
             "better": better(figure),
             **{key: tuple(model.get(f"{figure}{end}") for end in ("", "_low", "_high")) for key, model in _models(metrics)},
             "gained": _cost(tuned[figure], better(figure)) < _cost(base[figure], better(figure)),
@@ -128,6 +143,15 @@ def better(figure: str) -> str:
     ('lower', 'higher', 'nearer to 1')
     """
     return "nearer to 1" if figure == "length_ratio" else "higher" if figure in HIGHER else "lower"
+
+
+def decimals(value: float, places: int = 3) -> str:
+    """A figure as its neighbours are written.
+
+    >>> decimals(0), decimals(4.4213), decimals(12345.6, 1)
+    ('0.000', '4.421', '12,345.6')
+    """
+    return f"{value:,.{places}f}"
 
 
 def _models(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -21,6 +21,8 @@ COLOURS = ("#3b82f6", "#f97316")
 BINS = 24
 POINTS = 400
 """That a curve is drawn through, about; more would only make the page slow."""
+HEADROOM = 1.1
+"""The axes' top over the highest point: the room left by itself is a share of what a curve spans, which may be nothing."""
 MARKED = 40
 """Up to so many points are marked, so that a single one can be seen."""
 STYLE: Any = {
@@ -51,9 +53,9 @@ def curves(series: Mapping[str, Points], across: str, up: str) -> str:
         for (name, points), colour in zip(drawn.items(), COLOURS, strict=False):
             marker = "o" if len(points) <= MARKED else ""
             axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3, linewidth=1.6, label=name, gid=name)
-        low = min((y for points in drawn.values() for _, y in points), default=0.0)
-        if low >= 0:
-            axes.set_ylim(bottom=0)
+        heights = [y for points in drawn.values() for _, y in points]
+        if min(heights, default=0.0) >= 0:
+            axes.set_ylim(0, HEADROOM * max(heights, default=0.0) or None)
         if len(drawn) > 1:
             axes.legend()
 

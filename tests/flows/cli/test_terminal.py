@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
+from itertools import pairwise
 
+from hypothesis import example, given
+from hypothesis import strategies as st
 from rich.console import Console
 
-from flows.cli.terminal import Bar, LastRun
+from flows.cli.terminal import Bar, LastRun, WrappedWords
 from tasks.caching.context import observing, open_run
 from tasks.caching.events import RowsPassed, StageEnded, StepsLogged
 from tests.support.checkout import PROJECT
@@ -34,6 +38,24 @@ def test_last_run_is_the_one_that_was_begun() -> None:
         with open_run("demo", {}) as run:
             pass
     assert last.run is run
+
+
+ANSWER = "tuned: This Aurora tray is Norvik's. Its brushed look is stainless steel, and it measures 15 cm.\nThe end"
+
+
+@given(cuts=st.lists(st.integers(0, ANSWER.count(" ")), max_size=9), columns=st.integers(1, 60))
+@example(cuts=[], columns=20)
+def test_an_answer_breaks_between_words_however_it_comes(cuts: list[int], columns: int) -> None:
+    words = re.findall(r"\S+\s*", ANSWER)
+    ends = sorted({0, *cuts, len(words)})
+    heard: list[str] = []
+    say = WrappedWords(columns, heard.append)
+    for start, end in pairwise(ends):
+        say("".join(words[start:end]))
+    text = "".join(heard)
+    assert text.split() == ANSWER.split()
+    assert all(len(line) <= columns or " " not in line for line in text.split("\n"))
+    assert "cm.\nThe" in text
 
 
 def test_help_waits_for_no_heavy_library() -> None:

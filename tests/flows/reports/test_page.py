@@ -82,7 +82,7 @@ def test_the_page_holds_every_part(run: runs.Run) -> None:
     text = render(page_facts(run, RECIPE, saved_model()))
     for title in ("Loss", "Learning rate", "Speed", "Length of the training rows"):
         assert f"<figcaption>{title}</figcaption><svg" in text
-    for words in ("0.125 to 0.375", "-3.25 nats per token", "why tokenize", "37 duplicate", "0.50 epochs", "org/tiny", "2.13"):
+    for words in ("0.125 to 0.375", "-3.250 nats per token", "why tokenize", "37 duplicate", "0.50 epochs", "org/tiny", "2.13"):
         assert words in text
     assert re.search(r"<mark>[^<]+", text)
 
@@ -92,7 +92,8 @@ def test_the_page_needs_no_network_and_runs_no_script(run: runs.Run) -> None:
     assert "&lt;script&gt;alert" in text
     assert "<script" not in text
     fetched = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(([^)]*)\)|@import (.*)""", text)
-    assert {reference[:1] for found in fetched for reference in found if reference} == {"#"}
+    links = {reference for found in fetched for reference in found if reference[:1] not in ("", "#")}
+    assert links == {"m/README.md", f"../../runs/{run.id}.json"}  # of what lies beside it
 
 
 def test_the_page_holds_no_control_and_lets_the_browser_run_and_fetch_nothing(run: runs.Run) -> None:
@@ -105,6 +106,20 @@ def test_the_page_holds_no_control_and_lets_the_browser_run_and_fetch_nothing(ru
     assert text.index(policy[0]) < text.index("<style>")
 
 
+def test_its_contents_lead_to_every_heading(run: runs.Run) -> None:
+    text = render(page_facts(run, RECIPE, saved_model()))
+    assert re.findall(r'<a href="#([a-z]+)">([^<]*)', text) == re.findall(r'<h2 id="([a-z]+)">([^<]*)', text)
+
+
+def test_figures_of_a_row_have_equally_many_decimals_and_say_which_are_better(run: runs.Run) -> None:
+    facts = page_facts(run, RECIPE, saved_model())
+    both = {"base": {"nll": 4.4213, "copies_title": 0.65, "chrf": 16.3}, "tuned": {"nll": 0.5, "copies_title": 0.0, "chrf": 9.0}}
+    text = render(facts | {"comparison": compare_figures(both)})
+    cells = re.findall(r'<td class="n(?: good| bad)?">([0-9.]+)\n', text)
+    assert cells[:6] == ["4.421", "0.500", "16.3", "9.0", "0.650", "0.000"]
+    assert "lower is better; to repeat the title tells nothing of the product" in text
+
+
 def test_a_verdict_comes_first(run: runs.Run) -> None:
     verdict = {"promoted": False, "reasons": ["the interval holds <zero>"], "against": ["base", "saved-model/ab"]}
     text = render(page_facts(run, RECIPE, saved_model()) | {"verdict": verdict})
@@ -112,7 +127,7 @@ def test_a_verdict_comes_first(run: runs.Run) -> None:
         text.index("Not promoted")
         < text.index("against base, saved-model/ab")
         < text.index("holds &lt;zero&gt;")
-        < text.index("Base against tuned")
+        < text.index("<h2")
     )
 
 

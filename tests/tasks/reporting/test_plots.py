@@ -30,6 +30,13 @@ def test_a_curve_falls_where_the_loss_falls() -> None:
     assert line[0][1] < line[-1][1]
 
 
+def test_a_curve_that_hardly_moves_keeps_away_from_the_top() -> None:
+    drawn = plots.curves({"memory": [(1, 1.52), (2, 1.5), (3, 1.53)]}, "step", "GiB")
+    frame = [y for _, y in points(drawn, "patch_2")]
+    highest = min(y for _, y in points(drawn, "memory"))
+    assert highest - min(frame) > 0.05 * (max(frame) - min(frame))
+
+
 def test_two_curves_are_told_apart_and_one_without_points_is_left_out() -> None:
     both = plots.curves({"training": [(1, 4.0), (2, 2.0)], "held out": [(2, 3.0)]}, "step", "loss")
     alone = plots.curves({"training": [(1, 4.0), (2, 2.0)], "held out": []}, "step", "loss")
