@@ -46,6 +46,8 @@ QUESTIONS = (
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):[^/@\s]+(?=@)")
 """The user and password of a URL."""
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")
+"""A code point of UTF-16 that is no character by itself."""
 
 
 def _without_password(address: str) -> str:
@@ -90,6 +92,15 @@ class Section(BaseModel):
         """YAML's `true` would count as 1."""
         if isinstance(value, bool) and _is_number(cls.model_fields[str(info.field_name)].annotation):
             raise ValueError("a number")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_half_a_character(cls, value: Any) -> Any:
+        """YAML can name half a surrogate pair, which no file could hold."""
+        texts = value if isinstance(value, (list, tuple)) else [value]
+        if any(HALF_A_PAIR.search(text) for text in texts if isinstance(text, str)):
+            raise ValueError("Unicode text, without half a surrogate pair")
         return value
 
 

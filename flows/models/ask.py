@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flows.models.saved import Saved
-from tasks.config import Recipe
+from tasks.config import HALF_A_PAIR, Recipe
 from tasks.refs import InputError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def render_title(recipe: Recipe, title: str) -> str:
 
     from tasks.text.merged_prompt import merge_columns, parse_merged_prompt
 
+    _check_text("--title", title)
     if not title.strip():
         raise InputError("--title: got an empty text; expected a product's title.")
     blocks = parse_merged_prompt(recipe.sharegpt.merged_prompt, COLUMNS)
@@ -67,10 +68,16 @@ def check_question(recipe: Recipe, question: str | None) -> None:
     """
     from tasks.text.chat_template import QUESTION
 
+    _check_text("--question", question or "")
     if question is not None and QUESTION not in recipe.template.chat_template:
         raise InputError(
             f"--question: got {question}; expected none: this model's chat_template has no {QUESTION}. Leave it out."
         )
+
+
+def _check_text(option: str, text: str) -> None:
+    if HALF_A_PAIR.search(text):  # as Python takes bytes of the command line that are no UTF-8
+        raise InputError(f"{option}: got {text!r}; expected text in UTF-8. Set the terminal's encoding to it.")
 
 
 def _titles(read: Callable[[str], str]) -> Iterator[str]:
@@ -79,6 +86,8 @@ def _titles(read: Callable[[str], str]) -> Iterator[str]:
             title = read("title> ").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise InputError(f"title: got {error.object!r}; expected text in UTF-8. Set the terminal's encoding to it.") from None
         if not title:
             return
         yield title

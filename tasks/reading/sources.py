@@ -13,6 +13,7 @@ from typing import IO, cast
 from uuid import uuid4
 
 from tasks.caching.files import file_digest, space_checked
+from tasks.config import HALF_A_PAIR
 from tasks.refs import InputError, Source, SourceFile, home
 
 URL = re.compile(r"^(?!file://)[A-Za-z][A-Za-z0-9+.-]+(://|::)")
@@ -58,6 +59,8 @@ def _match(source: str) -> Iterable[Path]:
 
 
 def _oddity(path: Path) -> str | None:
+    if HALF_A_PAIR.search(str(path)):
+        return "named in bytes that are no UTF-8"
     try:
         mode = path.stat().st_mode
     except OSError as error:

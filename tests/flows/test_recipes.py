@@ -65,6 +65,15 @@ def test_what_yaml_allows_and_a_number_is_not_is_refused_with_the_rest(recipe: P
     ]
 
 
+def test_half_a_surrogate_pair_is_refused_wherever_a_text_may_stand(recipe: Path) -> None:
+    half = '"\\ud800"'
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(str(recipe), [f"template.questions=[a, {half}]", f"description={half}"])
+    said = str(caught.value)
+    assert "description: got '\\ud800'; expected Unicode text, without half a surrogate pair" in said
+    assert "template.questions: Unicode text, without half a surrogate pair" in said
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -83,6 +83,14 @@ def test_an_empty_title_is_refused() -> None:
         render_title(load_recipe("demo"), " ")
 
 
+def test_bytes_that_are_no_text_are_refused() -> None:
+    recipe = load_recipe("demo")
+    with pytest.raises(InputError, match=r"--title: got 'Ch\\udcff'; expected text in UTF-8"):
+        render_title(recipe, "Ch\udcff")
+    with pytest.raises(InputError, match=r"--question: got '\\udcff'; expected text in UTF-8"):
+        check_question(recipe, "\udcff")
+
+
 def test_a_question_is_refused_where_the_template_has_none() -> None:
     check_question(load_recipe("demo"), None)
     check_question(load_recipe("default", ["ingest.sources=trn.json"]), "De que é feita?")

@@ -82,6 +82,12 @@ def test_everything_that_is_wrong_is_listed(files: Path) -> None:
     )
 
 
+def test_name_that_no_record_could_hold_is_refused(files: Path) -> None:
+    (files / os.fsdecode(b"caf\xe9.odd")).write_text("{}")
+    with pytest.raises(InputError, match=r"is named in bytes that are no UTF-8; expected a file"):
+        locate_source((str(files / "*.odd"),))
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
 def test_unreadable_file_is_named(files: Path) -> None:
     (files / "a.json").chmod(0)
