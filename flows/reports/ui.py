@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 SHOWN_ROWS = 2
 SHOWN_ANSWERS = 4
+SUMMARY = {"first_loss": "mean loss of the first steps", "last_loss": "mean loss of the last steps"}
+"""Of a training: means over finetune.logging_steps."""
 
 
 class Artifacts:
@@ -91,12 +93,11 @@ class Artifacts:
     def _show_model(self, told: ModelSaved) -> None:
         files = [(file.name, file.stat().st_size) for file in sorted(told.link.iterdir()) if file.name != MANIFEST]
         self.show("model", f"the tuned model: {told.link}", markdown.model_files(str(told.link), socket.gethostname(), files))
-        self.show("model-link", "the tuned model", told.link.as_uri(), kind="link")
         verdict = told.run.verdict or {"promoted": False, "reasons": (), "against": ()}
         word = "promoted" if verdict["promoted"] else "not promoted"
         self.show("verdict", word, markdown.verdict_lines(word, verdict["reasons"], verdict["against"]))
         if told.page is not None:
-            self.show("report", "everything about this run on one page", told.page.as_uri(), kind="link")
+            self.show("report", f"report.html: {told.page}", markdown.report_file(str(told.page), socket.gethostname()))
 
     def _show_stage(self, name: str, inputs: Mapping[str, Any], value: BaseModel) -> None:
         if isinstance(value, Products):
@@ -140,8 +141,9 @@ def _training(points: list[tuple[int, float]], now: StepsLogged) -> str:
 def _trained(adapter: Adapter) -> str:
     steps, resolved = read_lines(adapter.log / "train_log.jsonl"), read_optional_json(adapter.log / "resolved.json")
     chosen = {name: resolved.get(name) for name in ("device_name", "dtype", "optimizer", "gradient_checkpointing", "peak_gib")}
-    figures = {name.replace("_", " "): value for name, value in (adapter.summary | chosen).items() if value is not None}
-    return markdown.training_curve([(step["step"], step["loss"]) for step in steps], figures)
+    figures = {SUMMARY.get(name, name.replace("_", " ")): value for name, value in (adapter.summary | chosen).items()}
+    known = {name: value for name, value in figures.items() if value is not None}
+    return markdown.training_curve([(step["step"], step["loss"]) for step in steps], known)
 
 
 def _evaluation(value: Evaluation) -> str:

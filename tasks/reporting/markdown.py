@@ -9,6 +9,7 @@ from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import PurePosixPath as Path
+from shlex import quote
 from textwrap import wrap
 from typing import Any
 
@@ -121,8 +122,10 @@ def answers_compared(comparison: str, generations: Sequence[Mapping[str, Any]]) 
     """Base against tuned model: the table of numbers, and answers below each other, in lines that need no scrolling."""
     names = ("reference", "base", "tuned")
     answers = [
-        f"## {number}\n\n{_fenced(row['prompt'])}\n\n{_fenced(*(f'{name}: {row[name]}' for name in names))}"
-        for number, row in enumerate(generations, start=1)
+        "\n\n".join(
+            [f"## {_cell(row['uid'])}", _fenced(row["prompt"]), *(f"**{name}**\n\n{_fenced(row[name])}" for name in names)]
+        )
+        for row in generations
     ]
     return "\n\n".join(["# Base against tuned", comparison, *(answers or ["No answers were generated."])]) + "\n"
 
@@ -149,6 +152,30 @@ def model_files(path: str, host: str, files: Sequence[tuple[str, int]]) -> str:
     """Where the model lies and what belongs to it."""
     listed = table(["file", "KiB"], [(name, f"{size / 2**10:,.1f}") for name, size in files], numbers=[1])
     return f"# Model\n\nOn `{host}`:\n\n````text\n{path}\n````\n\n{listed}\n\nIts README.md says how to load it.\n"
+
+
+def report_file(path: str, host: str) -> str:
+    """Where report.html lies, and how to get it: no browser follows a page of a server to a file.
+
+    >>> print(report_file("/data/my report.html", "gpu-1"))
+    # Report
+    <BLANKLINE>
+    Everything about this run on one page, a file that needs no network. On `gpu-1`, open:
+    <BLANKLINE>
+    ````text
+    /data/my report.html
+    ````
+    <BLANKLINE>
+    From elsewhere, fetch it first:
+    <BLANKLINE>
+    ````bash
+    scp gpu-1:'/data/my report.html' .
+    ````
+    <BLANKLINE>
+    """
+    opened = f"On `{host}`, open:\n\n````text\n{path}\n````"
+    fetched = f"From elsewhere, fetch it first:\n\n````bash\nscp {host}:{quote(path)} .\n````"
+    return f"# Report\n\nEverything about this run on one page, a file that needs no network. {opened}\n\n{fetched}\n"
 
 
 def verdict_lines(told: str, reasons: Sequence[str], against: Sequence[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -9,8 +11,10 @@ import httpx
 import pytest
 
 from flows.reports.ui import Artifacts
-from tasks.caching.events import Detached, Noticed, RunBegan, StepsLogged
+from tasks.caching.events import Detached, ModelSaved, Noticed, RunBegan, StageEnded, StepsLogged
 from tasks.caching.runs import Run
+from tasks.refs import Adapter, Artifact, SavedModel
+from tests.support.tuned import artifact_of
 
 BEGAN = RunBegan(Run("demo", {}))
 
@@ -56,3 +60,29 @@ def test_artifacts_go_to_the_server_of_their_maker(prefect_api: str, caplog: pyt
     assert artifacts_at(prefect_api, first) == []
     assert artifacts_at(prefect_api, second) == [("demo-worker", "# One")]
     assert "the Prefect UI could not be told of this run (ConnectError: " in caplog.text
+
+
+def test_no_artifact_leads_to_a_file_which_no_browser_would_open(prefect_api: str, home: Path) -> None:
+    flow_run, link = uuid4(), home / "models" / "demo" / "mine"
+    link.mkdir(parents=True)
+    page = link.with_name("report.html")
+    shown = Artifacts(flow_run)
+    shown.hear(BEGAN)
+    shown.hear(ModelSaved(BEGAN.run, SavedModel(data=Artifact(kind="saved-model", digest="ab"), name="mine"), link, page))
+    shown.close()
+    found = dict(artifacts_at(prefect_api, flow_run))
+    assert "file://" not in str(found)
+    assert str(page) in found["demo-report"]
+    assert str(link) in found["demo-model"]
+
+
+def test_a_training_calls_a_mean_a_mean(prefect_api: str, home: Path) -> None:
+    steps = [{"step": step, "loss": 4.0 / step} for step in (1, 2)]
+    log = artifact_of("training-log", {"train_log.jsonl": "\n".join(map(json.dumps, steps)), "resolved.json": "{}"})
+    adapter = Adapter(data=artifact_of("adapter", {"w": "w"}), log=log, summary={"first_loss": 3.0, "last_loss": 2.0})
+    flow_run = uuid4()
+    shown = Artifacts(flow_run)
+    shown.hear(BEGAN)
+    shown.hear(StageEnded({"name": "finetune"}, {}, adapter))
+    shown.close()
+    assert "| mean loss of the first steps | 3 |" in dict(artifacts_at(prefect_api, flow_run))["demo-training"]

@@ -68,11 +68,12 @@ def test_training_shows_its_curve_as_an_image() -> None:
 
 
 def test_evaluation_shows_both_models_in_lines_that_need_no_scrolling() -> None:
-    row = {"prompt": "What | is\nit?", "reference": "A pan.", "base": "word " * 300, "tuned": "A ```` pan."}
+    row = {"uid": "B0 | <b>", "prompt": "What | is\nit?", "reference": "A pan.", "base": "word " * 300, "tuned": "A ```` pan."}
     text = markdown.answers_compared("| | base | tuned |", [row])
     assert "What | is\nit?" in text
     assert text.count("word") == 300
-    assert "tuned: A '``` pan." in text
+    assert "## B0 \\| &lt;b&gt;\n" in text
+    assert "**tuned**\n\n````text\nA '``` pan.\n````" in text
     assert max(len(line) for line in text.splitlines()) <= markdown.LINE
 
 
