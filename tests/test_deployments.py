@@ -20,13 +20,16 @@ import yaml
 
 from flows.choices import PoolType
 from flows.recipes import shipped_names
-from flows.running import pools
+from flows.running import pools, supervisor
 from flows.server import deploy
 from tasks.refs import ConfigError
 from tests.support.checkout import PROJECT
 
 POOLS = sorted((PROJECT / "deployments" / "pools").glob("*.json"))
 HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
+
+SUPERVISED = "python -m flows.running.supervisor container prefect flow-run execute"
+"""The first process of a container gets its SIGTERM, and Prefect's would take no notice of it."""
 
 
 def template(name: str) -> dict[str, Any]:
@@ -105,6 +108,7 @@ def test_docker_job_asks_for_one_gpu_where_it_trains(prefect_api: str, pool: str
     wanted = [{"Driver": "nvidia", "Count": 1, "Capabilities": [["gpu"]]}] if pool == "cuda" else None
     assert kwargs.get("device_requests") == wanted
     assert job.env["AMAZON_FT_HOME"] == "/data"
+    assert job.command == SUPERVISED
 
 
 @pytest.mark.parametrize("pool", ["cpu", "cuda"])
@@ -119,6 +123,8 @@ def test_kubernetes_job_asks_for_one_gpu_where_it_trains(prefect_api: str, pool:
     claims = {volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume}
     assert claims == {"amazon-ft-home", "amazon-ft-source"}
     assert {"name": "AMAZON_FT_HOME", "value": "/data"} in container["env"]
+    assert container["args"] == SUPERVISED.split()
+    assert pod["terminationGracePeriodSeconds"] > supervisor.RUN_SECONDS + supervisor.END_SECONDS
 
 
 def test_schedules_that_are_on_stay_on_when_deployments_are_registered_anew(prefect_api: str) -> None:

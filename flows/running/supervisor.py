@@ -1,6 +1,7 @@
 """Processes that end with the one they work for, however that one ends, and that let flow runs end first.
 
     python -m flows.running.supervisor PID prefect ...         Prefect's command line, until process PID is gone or SIGTERM comes
+    python -m flows.running.supervisor container prefect ...   the same in a container, where SIGTERM comes to this process alone
     python -m flows.running.supervisor PID inner uvicorn ...   a module's command line in this very process, until PID is gone
     end_with_worker()                                          in a flow run: a worker that was killed takes its run along
 
@@ -30,7 +31,7 @@ RUN_SECONDS = 40
 """For flow runs to end in."""
 END_SECONDS = 10
 """For Prefect's own process, after them."""
-INNER = "inner"
+INNER, CONTAINER = "inner", "container"
 
 
 class WorkerGone(BaseException):
@@ -130,4 +131,4 @@ if __name__ == "__main__":
     if sys.argv[2] == INNER:
         _run_inner(int(sys.argv[1]), sys.argv[3:])
     else:
-        sys.exit(supervise(int(sys.argv[1]), sys.argv[2:]))
+        sys.exit(supervise(os.getppid() if sys.argv[1] == CONTAINER else int(sys.argv[1]), sys.argv[2:]))

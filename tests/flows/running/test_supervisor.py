@@ -43,6 +43,20 @@ else:
     print(child.pid, flush=True)
     child.wait()
 """
+RUNNER = """
+import pathlib, signal, subprocess, sys, time
+def end(*_):
+    time.sleep(0.5)
+    pathlib.Path("left").touch()
+    sys.exit()
+if sys.argv[1:]:
+    signal.signal(signal.SIGTERM, end)
+    print("on", flush=True)
+else:
+    subprocess.Popen([sys.executable, __file__, "run"], start_new_session=True)
+time.sleep(900)
+"""
+"""As `prefect flow-run execute`: its run is in a session of its own, and SIGTERM ends the one without the other."""
 WILL_NOT_END = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(900)"
 
 
@@ -76,6 +90,17 @@ def test_inner_process_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     program.write_text(STUBBORN)
     (tmp_path / "stubborn.py").write_text(WILL_NOT_END)
     child_of_a_killed_parent(str(program), PYTHONPATH=f"{PROJECT}:{tmp_path}").wait(120)
+
+
+def test_what_runs_in_a_container_ends_before_its_first_process(tmp_path: Path) -> None:
+    (tmp_path / "runner.py").write_text(RUNNER)
+    command = [sys.executable, "-m", "flows.running.supervisor", "container", "runner"]
+    env = {**psutil.Process().environ(), "PYTHONPATH": f"{PROJECT}:{tmp_path}"}
+    with psutil.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "on\n"
+        first.terminate()
+        assert first.wait(60) == 0
+    assert (tmp_path / "left").exists()
 
 
 def test_process_that_will_not_end_is_killed_and_waited_for() -> None:
