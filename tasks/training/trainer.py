@@ -241,7 +241,9 @@ class Stop:
         self._told = SimpleQueue[int | None]()
         # A handler may interrupt whoever holds the log's lock, a thread does not.
         threading.Thread(target=copy_context().run, args=(self._announce,), daemon=True).start()
-        self._before = {number: handler for number in STOPPING if (handler := signal.getsignal(number)) is not signal.SIG_IGN}
+        self._before = {
+            number: handler for number in STOPPING if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)
+        }
         for number in self._before:
             signal.signal(number, self._note)
 
