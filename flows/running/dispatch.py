@@ -29,9 +29,11 @@ def dispatch(recipe: Recipe, prepared: Prepared, train_here: Callable[[Recipe, P
             raise StageReached
         return done
     run_child(recipe, prepared)
-    if not plan_tuning(recipe, prepared).is_cached:
+    left = [step for step in plan_tuning(recipe, prepared).steps if step.state != "cached"]
+    if left:
         raise PipelineError(
-            f"amazon-ft-train completed, but its records are not under {home()}; expected both workers to share one "
-            "AMAZON_FT_HOME, be it a volume or a network file system. Mount the same one on both machines and run again."
+            f"amazon-ft-train completed, but {left[0].name} is not recorded under {home()}: {left[0].reason}; expected both "
+            "workers to have the same code, unedited since this run began, and to share one AMAZON_FT_HOME, be it a volume or a "
+            "network file system. See to both and run again."
         )
     return tune(recipe, prepared)

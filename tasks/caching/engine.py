@@ -71,9 +71,9 @@ def _task(stage: Stage[..., R], call: Call[R]) -> Task[..., Made[R]]:
 
     @wraps(stage.fn)
     def body(*args: Any, **kwargs: Any) -> Made[R]:
-        return stage.make(signature(stage.fn).bind(*args, **kwargs).arguments)
+        return stage.make(signature(stage.fn).bind(*args, **kwargs).arguments, code)
 
-    key = call.key
+    key, code = call.key, call.code
     return Task(
         fn=cast("Callable[..., Made[R]]", body),
         name=stage.name,

@@ -4,9 +4,9 @@
 
 A wrong hit must be impossible, a needless rerun rare. Code is compared as a syntax tree without what no artifact can hold
 (code/syntax.py), of the stage's module and of every first-party module it imports, transitively; what would escape that is
-refused (code/reach.py). Values count by content; fields marked `aside` do not count. Library versions are not in the key: a
-CPU and a GPU machine share results, golden tests guard the bytes of each stage, and a stage's `version` is raised when they
-change.
+refused (code/reach.py), and what runs is loaded from the bytes that were compared (code/loading.py). Values count by content;
+fields marked `aside` do not count. Library versions are not in the key: a CPU and a GPU machine share results, golden tests
+guard the bytes of each stage, and a stage's `version` is raised when they change.
 """
 
 from __future__ import annotations

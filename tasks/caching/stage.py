@@ -17,6 +17,7 @@ import hashlib
 import inspect
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -249,8 +250,18 @@ class Stage(Generic[P, R]):
         with within(key=self.key(inputs)), space_checked(home()):
             return cast("Callable[..., R]", self.fn)(**inputs)
 
-    def make(self, inputs: Inputs) -> Made[R]:
-        """Run the body and time it."""
+    def make(self, inputs: Inputs, code: Mapping[str, str]) -> Made[R]:
+        """Run the body and time it.
+
+        Raises:
+            PipelineError: when this process has other code than `code`, which the call's key was made of.
+        """
+        if (here := self.code(inputs)) != code:
+            listed = "; ".join(code_changes(code, here)) or "other modules"
+            raise PipelineError(
+                f"{self.name}: got {listed} in process {os.getpid()} on {os.uname().nodename}; expected the code that the run "
+                "began with. Start the workers of the cluster anew, all with the same code, and run again."
+            )
         started = time.monotonic()
         value = self.execute(inputs)
         return Made(value, round(time.monotonic() - started, 3))

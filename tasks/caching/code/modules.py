@@ -1,4 +1,4 @@
-"""Modules by their dotted names: their source, as it was when it was first asked for, and what they import."""
+"""Modules by their dotted names: their source, as it was when it was first read, and what they import."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from functools import cache, cached_property
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import packages_distributions
 from importlib.util import decode_source, find_spec
-from pathlib import Path
 
+from tasks.caching.code.loading import FIRST_PARTY, load_what_was_read, read_once
 from tasks.caching.code.reach import refusals
-from tasks.caching.code.syntax import FIRST_PARTY, Syntax
+from tasks.caching.code.syntax import Syntax
 from tasks.refs import PipelineError
 
 PARSE_ATTEMPTS = 5
@@ -86,7 +86,7 @@ def _source(module: str) -> str:
     spec = find_module(module)
     with suppress(OSError):
         if spec is not None and spec.origin is not None and spec.origin.endswith(".py"):
-            return decode_source(Path(spec.origin).read_bytes())
+            return decode_source(read_once(spec.origin).content)
     raise PipelineError(f"{module}: source not found; its code decides what is cached. Install amazon-ft with its .py files.")
 
 
@@ -113,3 +113,6 @@ def _is_stranger(top: str) -> bool:
     spec = PathFinder.find_spec(top) if top not in FIRST_PARTY else None
     places = [place for place in (spec.origin, *(spec.submodule_search_locations or ())) if place] if spec else []
     return not all(place.startswith(INSTALLED) for place in places) and top not in packages_distributions()
+
+
+load_what_was_read()

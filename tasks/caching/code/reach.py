@@ -10,7 +10,8 @@ import ast
 import builtins
 from collections.abc import Callable, Iterator
 
-from tasks.caching.code.syntax import BUILTIN, FIRST_PARTY, Syntax
+from tasks.caching.code.loading import FIRST_PARTY
+from tasks.caching.code.syntax import BUILTIN, Syntax
 
 CODE = "brings in code that its key can't see: got {}; expected import statements. Import it by its name."
 FILE = (

@@ -15,7 +15,6 @@ from typing import Any, TypeVar, cast
 
 from tasks import refs
 
-FIRST_PARTY = ("tasks", "flows")
 BUILTIN = "<builtin>"
 """Stands before what a module binds nowhere."""
 ERRORS = {

@@ -192,7 +192,7 @@ class AtOnce:
     WAITED_SECONDS = 0.5
 
     def start(self, stage: Any, calls: Sequence[Any]) -> list[Callable[[], Any]]:
-        made = [stage.make(call.inputs) for call in calls]
+        made = [stage.make(call.inputs, call.code) for call in calls]
         return [partial(self.wait, outcome, outcome is made[0]) for outcome in made]
 
     def wait(self, outcome: Any, is_first: bool) -> Any:
@@ -205,6 +205,16 @@ def test_waiting_for_a_cluster_is_booked_to_no_file() -> None:
         toy.read.each(*((text, SampleConfig(rows=2)) for text in ("abc", "def", "ghi")))
     assert [entry["state"] for entry in run.stages] == ["completed"] * 3
     assert max(entry["seconds"] for entry in run.stages) < AtOnce.WAITED_SECONDS
+
+
+def test_a_worker_with_other_code_than_the_runs_makes_nothing(home: Path) -> None:
+    inputs = {"text": "abc", "config": SampleConfig(rows=2)}
+    code = toy.read.code(inputs)
+    with pytest.raises(
+        PipelineError, match=r"^read: got code changed: tests/support/toy\.py in process \d+ on .*; expected the code"
+    ):
+        toy.read.make(inputs, code | {"tests.support.toy": "0" * 64})
+    assert not (home / "artifacts").exists()
 
 
 def test_a_record_tells_how_long_its_making_took() -> None:
