@@ -25,7 +25,7 @@ from uuid import uuid4
 
 import yaml
 
-from tasks.caching.manifest import MANIFEST
+from tasks.caching.manifest import read_names
 from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.caching.versions import package_versions
@@ -101,9 +101,8 @@ def seeds(recipe: Mapping[str, Any], where: str = "") -> dict[str, int]:
 
 
 def _copy(artifact: Artifact, target: Path) -> None:
-    for file in artifact.path.iterdir():
-        if file.name != MANIFEST:
-            shutil.copyfile(file, target / file.name)
+    for name in read_names(artifact.path):
+        shutil.copyfile(artifact / name, target / name)
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from flows.recipes import build_recipe
+from tasks.caching.manifest import MANIFEST, find_damage
 from tasks.config import Recipe
 from tasks.reading.model_files import directory_model, directory_tokenizer, read_json
 from tasks.refs import InputError, Model, home
@@ -44,7 +45,7 @@ def find_saved(name: str) -> Saved:
     """A saved model by its directory, by RECIPE/NAME, or by its recipe: the promoted one, else the newest.
 
     Raises:
-        InputError: when there is none, naming those that there are.
+        InputError: when there is none, naming those that there are, or when it is not as it was saved.
     """
     models = home() / "models"
     found = next((path for path in (Path(name).expanduser(), models / name) if (path / ADAPTER).is_file()), None)
@@ -58,8 +59,20 @@ def find_saved(name: str) -> Saved:
     path = found.resolve()
     if not (path / "recipe.yaml").is_file() or not (path / "lineage.json").is_file():
         raise InputError(f"model {path}: has no recipe.yaml or no lineage.json; expected a directory that amazon-ft run saved.")
+    _check_intact(path)
     settings = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
     return Saved(path, build_recipe(settings, where=f"{path / 'recipe.yaml'}"))
+
+
+def _check_intact(path: Path) -> None:
+    is_copy = not path.is_relative_to(home().resolve())
+    if is_copy and not (path / MANIFEST).is_file():
+        return
+    if damage := find_damage(path):
+        raise InputError(
+            f"model {path}: {damage.name} is {damage.how}; expected the files that amazon-ft run saved. Run the recipe again, "
+            f"which saves it anew; of a copy that was changed on purpose, remove {MANIFEST}."
+        )
 
 
 def _of_recipe(folder: Path) -> Path | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ class Damage(NamedTuple):
     """A file that is not as its manifest says."""
 
     how: str
-    """missing or corrupt."""
+    """missing, corrupt, or stray: there without being named."""
     name: str
     """Relative to the directory."""
 
@@ -71,8 +72,13 @@ def _synced(file: Path) -> Listed:
         return Listed(size=file.stat().st_size, sha256=hashlib.file_digest(handle, "sha256").hexdigest())
 
 
+def read_names(path: Path) -> list[str]:
+    """The files that a directory's manifest names."""
+    return list(Manifest.model_validate_json((path / MANIFEST).read_bytes()).files)
+
+
 def find_damage(path: Path, *, expected: str | None = None, digests: bool = True) -> Damage | None:
-    """The first file of a directory that is not as written, the manifest included; None for an intact one.
+    """The first file of a directory that is not as written, the manifest included, or is more; None for an intact one.
 
     `expected` is the manifest's own digest, where it is known. Without `digests` only sizes are compared.
     """
@@ -86,7 +92,13 @@ def find_damage(path: Path, *, expected: str | None = None, digests: bool = True
     if expected not in (None, hashlib.sha256(text).hexdigest()):
         return Damage("corrupt", MANIFEST)
     found = ((_damage_of(path / name, file, digests), name) for name, file in manifest.files.items())
-    return next((Damage(how, name) for how, name in found if how), None)
+    stray = (("stray", name) for name in sorted(_listing(path) - {*manifest.files, MANIFEST}))
+    return next((Damage(how, name) for how, name in chain(found, stray) if how), None)
+
+
+def _listing(path: Path) -> set[str]:
+    """All that is no directory; one without files is nothing."""
+    return {str(item.relative_to(path)) for item in path.rglob("*") if item.is_symlink() or not item.is_dir()}
 
 
 def _damage_of(file: Path, written: Listed, digests: bool) -> str:

@@ -139,10 +139,10 @@ def artifacts_of(value: BaseModel) -> Iterator[Artifact]:
 
 
 def verify(artifact: Artifact, how: Verify = "full") -> None:
-    """Check that an artifact is there with the bytes it was published with.
+    """Check that an artifact is there with the bytes it was published with, and nothing else.
 
     Raises:
-        Missing: naming the file that is missing or damaged.
+        Missing: naming the file that is missing, damaged or stray.
     """
     if damage := find_damage(artifact.path, expected=artifact.digest, digests=how == "full"):
         raise Missing(f"output {damage.how}: {(artifact.path / damage.name).relative_to(home())}")

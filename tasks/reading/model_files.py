@@ -11,7 +11,8 @@ from tasks.refs import Artifact, InputError, Model, Special, Tokenizer
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 """Pickled weights (*.bin) do not count and are not read: loading one runs whatever it holds."""
-
+ADAPTER = "adapter_config.json"
+"""transformers loads the base model that it names, instead of the directory's own, and the adapter over it."""
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -28,8 +29,13 @@ def directory_model(path: Path, *, name: str, artifact: Artifact | None = None) 
     """A model directory, by the content of the files that matter.
 
     Raises:
-        InputError: when weights (safetensors), config.json or tokenizer files are missing.
+        InputError: when weights (safetensors), config.json or tokenizer files are missing, or it holds an adapter.
     """
+    if (path / ADAPTER).exists():
+        raise InputError(
+            f"model.id: {path} holds an adapter: got {ADAPTER}; expected a base model. Take that file away, or merge the "
+            "adapter first: amazon-ft export MODEL OUT --format merged-16bit."
+        )
     weights = _names(path, WEIGHTS)
     if "config.json" not in weights or not any(file.endswith(".safetensors") for file in weights):
         raise InputError(

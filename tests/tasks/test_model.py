@@ -79,6 +79,16 @@ def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     )
 
 
+def test_a_directory_with_an_adapter_is_refused_for_it_would_be_loaded_over_another_base(tiny: Path) -> None:
+    (tiny / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    with pytest.raises(InputError) as caught:
+        base_model(ModelConfig(id=str(tiny)))
+    assert str(caught.value) == (
+        f"model.id: {tiny} holds an adapter: got adapter_config.json; expected a base model. Take that file away, or merge the "
+        "adapter first: amazon-ft export MODEL OUT --format merged-16bit."
+    )
+
+
 def test_a_tokenizer_without_an_end_is_refused(tiny: Path) -> None:
     (tiny / "special_tokens_map.json").unlink()
     (tiny / "tokenizer_config.json").write_text("{}")

@@ -55,7 +55,8 @@ def saved(tuned: tuple[Path, Path], model: Model) -> SavedModel:
     return save_with(tuned[1], model, SaveConfig())
 
 
-def save_with(adapter_path: Path, model: Model, config: SaveConfig) -> SavedModel:
+def save_with(adapter_path: Path, model: Model, config: SaveConfig, stray: str | None = None) -> SavedModel:
+    """Save, with a stray file in the artifacts that are copied."""
     names = ("adapter_model.safetensors", "adapter_config.json")
     adapter = Adapter(
         data=artifact_of("adapter", {name: (adapter_path / name).read_bytes() for name in names}),
@@ -64,6 +65,9 @@ def save_with(adapter_path: Path, model: Model, config: SaveConfig) -> SavedMode
     )
     evaluation = Evaluation(data=artifact_of("evaluation", {"metrics.json": json.dumps(METRICS), "generations.jsonl": "{}\n"}))
     template = artifact_of("template", {"template.json": json.dumps({"chat_template": TEMPLATE})})
+    for file in (artifact / stray for artifact in (adapter.data, evaluation.data) if stray):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
     recipe = load_recipe("demo").model_dump(mode="json")
     lineage = Lineage(recipe=recipe, stages=(StageRecord(name="ingest", key="k" * 64, digest="d" * 64, rows=3),))
     return save.fn(adapter, evaluation, template, model, model.tokenizer, config, lineage)
@@ -98,6 +102,13 @@ def test_everything_that_a_user_takes_away_is_there(saved: SavedModel) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     }
+
+
+@pytest.mark.parametrize("stray", ["adapter_model.bin", "runs/events"])
+def test_what_strays_into_an_artifact_is_not_published_with_it(
+    tuned: tuple[Path, Path], model: Model, saved: SavedModel, stray: str
+) -> None:
+    assert save_with(tuned[1], model, SaveConfig(), stray) == saved
 
 
 def test_the_same_inputs_give_the_same_bytes(tuned: tuple[Path, Path], model: Model, saved: SavedModel) -> None:

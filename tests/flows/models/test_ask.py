@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from flows.cli.main import app
 from flows.models.ask import check_question, render_title
 from flows.models.saved import find_saved
 from flows.recipes import load_recipe
+from tasks.caching.manifest import MANIFEST
 from tasks.config import TemplateConfig
 from tasks.refs import InputError
 from tasks.training.inference.chat import ChatModel, load_chat_model
@@ -23,6 +25,20 @@ def asked(tuned: tuple[Path, Path]) -> ChatModel:
     save_tuned(*tuned, **{"template.chat_template": json.dumps(TemplateConfig().chat_template)})
     saved = find_saved("demo")
     return load_chat_model(saved.path, saved.base(), saved.recipe.model.weights)
+
+
+def test_a_saved_model_that_is_not_as_it_was_saved_is_refused(tuned: tuple[Path, Path], tmp_path: Path) -> None:
+    saved = save_tuned(*tuned)
+    (saved.data / "adapter_model.bin").touch()
+    with pytest.raises(
+        InputError, match=r"^model .*: adapter_model\.bin is stray; expected the files that amazon-ft run saved\."
+    ):
+        find_saved("demo")
+    shutil.copytree(saved.data.path, tmp_path / "copy")
+    with pytest.raises(InputError, match=r"adapter_model\.bin is stray"):
+        find_saved(str(tmp_path / "copy"))
+    (tmp_path / "copy" / MANIFEST).unlink()
+    assert find_saved(str(tmp_path / "copy")).recipe.name == "demo"
 
 
 def test_the_answer_comes_piece_by_piece_and_is_the_greedy_one(asked: ChatModel) -> None:

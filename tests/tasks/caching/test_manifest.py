@@ -69,6 +69,19 @@ def test_what_is_missing_is_named(written: Path) -> None:
     assert find_damage(written) == Damage("missing", "z.txt")
 
 
+@pytest.mark.parametrize("name", ["stray.bin", "nested/stray", ".hidden", "more/manifest.json", "link", "folder"])
+@pytest.mark.parametrize("digests", [True, False])
+def test_what_is_more_than_was_written_is_named(written: Path, name: str, digests: bool) -> None:
+    write_manifest(written, "products")
+    stray = written / name
+    stray.parent.mkdir(exist_ok=True)
+    if name in ("link", "folder"):
+        stray.symlink_to({"link": "nowhere", "folder": "nested"}[name])
+    else:
+        stray.touch()
+    assert find_damage(written, digests=digests) == Damage("stray", name)
+
+
 @pytest.mark.parametrize("text", ["", "{", TEXT[:-20], "[]", '{"kind": "a"}', '{"kind": "a", "files": {"z.txt": [0, "e3"]}}'])
 def test_a_manifest_that_is_none_is_corrupt(written: Path, text: str) -> None:
     (written / MANIFEST).write_text(text)

@@ -18,6 +18,7 @@ from tasks.caching import files, locks, runs, store
 from tasks.caching.context import open_run
 from tasks.caching.manifest import MANIFEST
 from tasks.caching.store import Missing
+from tasks.config import Verify
 from tasks.refs import Artifact, InputError, NoSpaceError
 
 
@@ -80,6 +81,17 @@ def test_missing_file_is_named() -> None:
 def test_missing_directory_is_named() -> None:
     with pytest.raises(Missing, match=r"^output missing: artifacts/products/0000/manifest\.json$"):
         store.verify(Artifact(kind="products", digest="0000"))
+
+
+@pytest.mark.parametrize("how", ["full", "size"])
+def test_stray_file_is_found_and_goes_when_the_artifact_is_published_again(how: Verify) -> None:
+    artifact = published()
+    store.verify(artifact, how)
+    (artifact / "adapter_model.bin").write_text("stray")
+    with pytest.raises(Missing, match=rf"^output stray: artifacts/products/{artifact.digest[:32]}/adapter_model\.bin$"):
+        store.verify(artifact, how)
+    assert published() == artifact
+    store.verify(artifact, how)
 
 
 @pytest.mark.parametrize("file", ["rows.txt", "nested/more.txt", MANIFEST])
