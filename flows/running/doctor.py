@@ -24,6 +24,7 @@ from tasks.caching.context import planning
 from tasks.caching.plans import Unknown
 from tasks.config import Recipe
 from tasks.model import SMOLLM2, WHEEL, base_model
+from tasks.reading.downloads import without_query
 from tasks.reading.sources import URL, locate_source
 from tasks.refs import Model, PipelineError, home
 
@@ -124,8 +125,9 @@ def _remote_source(url: str) -> Finding:
         with cast("AbstractContextManager[IO[bytes]]", fsspec.open(url, "rb")) as file:
             file.read(1)
     except Exception as error:
-        return Finding("source", "missing", f"{url}: {error or type(error).__name__}", "Check the address and the network.")
-    return Finding("source", "ok", url)
+        told = without_query(f"{url}: {str(error) or type(error).__name__}")
+        return Finding("source", "missing", told, "Check the address and the network.")
+    return Finding("source", "ok", without_query(url))
 
 
 def _model(recipe: Recipe) -> Iterator[Finding]:

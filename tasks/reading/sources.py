@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import re
-import shutil
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, cast
-from uuid import uuid4
 
-from tasks.caching.files import file_digest, space_checked
+from tasks.caching.files import file_digest
 from tasks.config import HALF_A_PAIR
-from tasks.refs import InputError, Source, SourceFile, home
+from tasks.reading.downloads import fetch, without_query
+from tasks.refs import InputError, Source, SourceFile
 
 URL = re.compile(r"^(?!file://)[A-Za-z][A-Za-z0-9+.-]+(://|::)")
 KINDS = {
@@ -29,7 +26,7 @@ KINDS = {
 def locate_source(sources: tuple[str, ...]) -> Source:
     """The files that paths, globs and fsspec URLs name, in that order, a glob's files by name, each file once.
 
-    A URL is fetched once, to AMAZON_FT_HOME/downloads; delete its directory there to fetch it again.
+    What a URL names is fetched to AMAZON_FT_HOME/downloads, and again only once it has changed.
 
     Raises:
         InputError: listing everything that is not there or is no plain file.
@@ -37,9 +34,9 @@ def locate_source(sources: tuple[str, ...]) -> Source:
     files, problems = dict[Path, None](), list[str]()
     for source in sources:
         try:
-            files.update(dict.fromkeys(_fetch(source) if URL.match(source) else _match(source)))
+            files.update(dict.fromkeys(fetch(source) if URL.match(source) else _match(source)))
         except (ImportError, OSError, RuntimeError, ValueError) as error:  # a name that is too long, a user that is none
-            problems.append(f"{source}: {getattr(error, 'strerror', None) or str(error) or type(error).__name__}")
+            problems.append(f"{without_query(source)}: {getattr(error, 'strerror', None) or str(error) or type(error).__name__}")
     problems.extend(f"{path}: is {kind}; expected a file" for path in files if (kind := _oddity(path)))
     if problems:
         listed = "; ".join(problems)
@@ -73,30 +70,3 @@ def _source_file(path: Path) -> SourceFile:
         return SourceFile(url=str(path), digest=file_digest(path), size_bytes=path.stat().st_size)
     except OSError as error:
         raise InputError(f"ingest.sources: {path}: {error.strerror}; expected a readable file. Check its permissions.") from error
-
-
-def _fetch(url: str) -> Iterable[Path]:
-    """Local copies of what a URL names; what is already there is not asked for again."""
-    import fsspec
-
-    folder = home() / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16]
-    if not folder.exists():
-        opened = fsspec.open_files(url, "rb")
-        if not opened:
-            raise FileNotFoundError("not found")
-        _download(folder, {Path(file.path).name or "download": file for file in opened})
-    return sorted(folder.iterdir())
-
-
-def _download(folder: Path, files: dict[str, object]) -> None:
-    draft = folder.with_name(f".{folder.name}-{uuid4().hex}")
-    try:
-        with space_checked(draft):
-            draft.mkdir(parents=True)
-            for name, opened in files.items():
-                with cast("IO[bytes]", opened) as remote, (draft / name).open("wb") as local:
-                    shutil.copyfileobj(remote, local, 2**20)
-            if not folder.exists():
-                draft.replace(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

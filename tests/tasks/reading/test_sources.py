@@ -5,14 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-import threading
-import zipfile
-from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from tasks.reading.sources import locate_source
@@ -94,45 +88,3 @@ def test_unreadable_file_is_named(files: Path) -> None:
     assert refusal(f"{files}/a.json") == (
         f"ingest.sources: {files}/a.json: Permission denied; expected a readable file. Check its permissions."
     )
-
-
-@pytest.fixture
-def served(files: Path) -> Iterator[str]:
-    """URL of a web server for the files."""
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=files)) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-def test_url_is_fetched_once(files: Path, served: str, home: Path) -> None:
-    first = locate_source((f"{served}/a.json",))
-    (files / "a.json").unlink()
-    assert locate_source((f"{served}/a.json",)) == first
-    assert Path(first.files[0].url).read_text() == "a.json"
-    assert len(list((home / "downloads").iterdir())) == 1
-
-
-def test_url_of_nothing_is_named_and_leaves_nothing(served: str, home: Path) -> None:
-    message = refusal(f"{served}/none.json", "memory://nothing", "nosuch://a.json", f"{served}/also-none.json")
-    assert f"ingest.sources: {served}/none.json: " in message
-    assert "; memory://nothing: " in message
-    assert "; nosuch://a.json: Protocol not known: nosuch; " in message
-    assert f"{served}/also-none.json: " in message
-    assert not list((home / "downloads").glob("*"))
-
-
-def test_fsspec_urls_may_be_chained_and_hold_globs(files: Path) -> None:
-    with zipfile.ZipFile(files / "all.zip", "w") as archive:
-        archive.writestr("one.json", "1")
-        archive.writestr("two.json", "2")
-    assert located(f"zip://*.json::file://{files}/all.zip") == ["one.json", "two.json"]
-    fsspec.filesystem("memory").pipe("/shards/x.json", b"x")
-    assert located("memory://shards/*.json") == ["x.json"]
