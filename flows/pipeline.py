@@ -66,7 +66,7 @@ def pipeline(recipe: Recipe, tune_there: Callable[[Recipe, Prepared], Tuned] = t
         )
         prepared = Prepared.model_construct(model=model, batches=batches, held_out=held_out)
         adapter, evaluation = tune_there(recipe, prepared)
-        return save(adapter, evaluation, texts.template, model, model.tokenizer, recipe.save, lineage())
+        return save(adapter, evaluation, texts.template, model, model.tokenizer, model.name, recipe.save, lineage())
 
 
 def plan_run(recipe: Recipe, until: str | None = None) -> Plan:

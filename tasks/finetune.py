@@ -15,14 +15,14 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tasks.caching import files, locks, store
 from tasks.caching.stage import current_key, stage
 from tasks.config import FinetuneConfig, WeightsConfig
+from tasks.reading.model_files import adapter_config
 from tasks.refs import Adapter, Artifact, InputError, Model, home
 from tasks.training.backend import Backend, Job, Resolved
 from tasks.training.checkpoints import damage_of, drop_from, is_last, newest_intact, resumable, step_of
@@ -36,25 +36,6 @@ BACKENDS = {"fast": "tasks.training.fast.backend", "hf": "tasks.training.hf", "u
 """{finetune.backend: its module}; of these only the chosen one counts for a training's identity."""
 RESOLVED = "resolved.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
-
-
-def adapter_config(config: Mapping[str, Any], base: str) -> bytes:
-    """PEFT's adapter_config.json with equal bytes for equal settings, naming the base model as the user does.
-
-    >>> print(adapter_config({"r": 4, "base_model_name_or_path": "/tmp/x", "target_modules": ["v", "q"]}, "org/model").decode())
-    {
-      "base_model_name_or_path": "org/model",
-      "r": 4,
-      "target_modules": [
-        "q",
-        "v"
-      ]
-    }
-    """
-    portable = {**config, "base_model_name_or_path": base}
-    if isinstance(modules := portable.get("target_modules"), list):
-        portable["target_modules"] = sorted(modules)  # PEFT writes a set, in any order
-    return json.dumps(portable, indent=2, sort_keys=True).encode()
 
 
 def summarize(records: Sequence[StepRecord], window: int) -> dict[str, float]:

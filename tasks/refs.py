@@ -240,8 +240,10 @@ class StageRecord(Value):
 
 
 class Lineage(Value):
-    """Where a saved model comes from; it is told, never counted."""
+    """Where a saved model comes from; it is told, and only the recipe's name counts."""
 
+    name: str = ""
+    """The recipe's: a model's card is that of one recipe."""
     recipe: dict[str, JsonValue] = aside(default={})
     """The full configuration of the run that made it."""
     stages: tuple[StageRecord, ...] = aside(default=())

@@ -30,7 +30,7 @@ from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.caching.versions import package_versions
 from tasks.config import SaveConfig
-from tasks.reading.model_files import TOKENIZER, read_json
+from tasks.reading.model_files import ADAPTER, TOKENIZER, adapter_config, read_json
 from tasks.refs import Adapter, Artifact, Evaluation, InputError, Lineage, Model, SavedModel, Tokenizer, home
 from tasks.reporting.model_card import model_card
 
@@ -116,15 +116,18 @@ def save(
     template: Artifact,
     model: Model,
     tokenizer: Tokenizer,
+    base_name: str,
     config: SaveConfig,
     lineage: Lineage,
 ) -> SavedModel:
     """Put adapter, tokenizer, configuration, lineage and model card into one directory.
 
-    The tokenizer is the model's, named by itself because its files count here as they do not where only ids matter.
+    Tokenizer and base_name are the model's, named by themselves because they count here: files as they do not where only ids
+    matter, the name because the model bears it.
     """
     with publish("saved-model", need_bytes=adapter.data.size_bytes + ROOM_BYTES) as draft:
         _copy(adapter.data, draft.path)
+        (draft / ADAPTER).write_bytes(adapter_config(read_json(draft / ADAPTER), base_name))
         _copy(evaluation.data, draft.path)
         tokenizer_files(Path(tokenizer.path), draft.path, read_json(template / "template.json")["chat_template"])
         recipe = yaml.safe_dump(lineage.recipe, sort_keys=False, allow_unicode=True)

@@ -121,13 +121,19 @@ class OnlyServed:
 
 
 def lineage() -> Lineage:
-    """Return the stage calls of the present run so far, and its recipe."""
+    """Return the stage calls of the present run so far, and its recipe; of a plan the recipe's name."""
     run = context().run
-    if run is None:
-        return Lineage()
+    if run is None or context().plan is not None:
+        return Lineage(name=_recipe_name() or "")
     done = [entry for entry in run.stages if "digest" in entry]
-    fields = StageRecord.model_fields
-    return Lineage(recipe=run.config, stages=tuple(StageRecord(**{name: entry[name] for name in fields}) for entry in done))
+    stages = tuple(StageRecord(**{name: entry[name] for name in StageRecord.model_fields}) for entry in done)
+    return Lineage(name=run.recipe, recipe=run.config, stages=stages)
+
+
+def _recipe_name() -> str | None:
+    """The name of the recipe that is planned or run."""
+    now = context()
+    return now.plan.recipe if now.plan else now.run.recipe if now.run else None
 
 
 def current_key() -> str:
@@ -334,9 +340,8 @@ class Stage(Generic[P, R]):
         return f"{reason}; {left}" if left else reason
 
     def _difference(self, call: Call[R]) -> str:
-        now = context()
-        recipe = now.plan.recipe if now.plan else now.run.recipe if now.run else None
-        before = last_entry(self.name, now.run.id if now.run else None, recipe)
+        run = context().run
+        before = last_entry(self.name, run.id if run else None, _recipe_name())
         if before is None:
             return "first run"
         if before["key"] == call.key:

@@ -1,8 +1,11 @@
-"""A model directory in transformers' format: what it counts as, and its tokenizer's special tokens; without torch."""
+"""A model directory in transformers' format: what it counts as, its tokenizer's special tokens, the base that an adapter names;
+without torch.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +95,25 @@ def _token(value: Any) -> str | None:
     '</s>'
     """
     return value["content"] if isinstance(value, dict) else value
+
+
+def adapter_config(config: Mapping[str, Any], base: str) -> bytes:
+    """PEFT's adapter_config.json with equal bytes for equal settings, naming the base model as the user does.
+
+    >>> print(adapter_config({"r": 4, "base_model_name_or_path": "/tmp/x", "target_modules": ["v", "q"]}, "org/model").decode())
+    {
+      "base_model_name_or_path": "org/model",
+      "r": 4,
+      "target_modules": [
+        "q",
+        "v"
+      ]
+    }
+    """
+    portable = {**config, "base_model_name_or_path": base}
+    if isinstance(modules := portable.get("target_modules"), list):
+        portable["target_modules"] = sorted(modules)  # PEFT writes a set, in any order
+    return json.dumps(portable, indent=2, sort_keys=True).encode()
 
 
 def read_json(file: Path) -> dict[str, Any]:

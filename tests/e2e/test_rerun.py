@@ -107,6 +107,18 @@ def test_setting_that_changes_no_result_reruns_nothing(finished: Tiny, setting: 
     assert not_cached(finished.plan("--set", setting)) == []
 
 
+def test_second_recipe_with_equal_settings_saves_a_model_of_its_own(tiny: Tiny) -> None:
+    other = Tiny(tiny.checkout, tiny.recipe.with_name("other.yaml"), tiny.source, tiny.model, tiny.home)
+    shutil.copyfile(tiny.recipe, other.recipe)
+    assert not_cached(other.plan()) == ["save"]
+    assert not_cached(other.ran()) == ["save"]
+    assert not_cached(other.plan()) == not_cached(tiny.plan()) == []
+    for name in ("tiny", "other"):
+        model = tiny.home / "models" / name / "unsloth_model_optimized"
+        assert f"trained by recipe `{name}`" in (model / "README.md").read_text()
+        assert f"name: {name}\n" in (model / "recipe.yaml").read_text()
+
+
 def test_touched_source_reruns_nothing(tiny: Tiny) -> None:
     os.utime(tiny.source)
     assert not_cached(tiny.plan()) == []

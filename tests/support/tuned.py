@@ -68,8 +68,9 @@ def save_tuned(base: Path, adapter: Path, **overrides: str) -> SavedModel:
         artifact_of("template", {"template.json": json.dumps(template)}),
         model,
         model.tokenizer,
+        model.name,
         SaveConfig(),
-        Lineage(recipe=recipe.model_dump(mode="json")),
+        Lineage(name=recipe.name, recipe=recipe.model_dump(mode="json")),
     )
     publish_link(saved, "demo")
     return saved

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from tasks.caching import locks
 from tasks.config import FinetuneConfig, WeightsConfig
-from tasks.finetune import _pin, adapter_config, finetune, left_behind, summarize
+from tasks.finetune import _pin, finetune, left_behind, summarize
+from tasks.reading.model_files import adapter_config
 from tasks.refs import Adapter, Artifact, ConfigError, DivergedError, InputError, Model, PipelineError
 from tasks.training import hardware, memory, model_shape
 from tasks.training.checkpoints import checkpoints, is_last, step_of

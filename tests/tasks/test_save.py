@@ -7,6 +7,7 @@ import json
 from contextlib import redirect_stdout
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -69,8 +70,10 @@ def save_with(adapter_path: Path, model: Model, config: SaveConfig, stray: str |
         file.parent.mkdir(exist_ok=True)
         file.touch()
     recipe = load_recipe("demo").model_dump(mode="json")
-    lineage = Lineage(recipe=recipe, stages=(StageRecord(name="ingest", key="k" * 64, digest="d" * 64, rows=3),))
-    return save.fn(adapter, evaluation, template, model, model.tokenizer, config, lineage)
+    lineage = Lineage(
+        name=recipe["name"], recipe=recipe, stages=(StageRecord(name="ingest", key="k" * 64, digest="d" * 64, rows=3),)
+    )
+    return save.fn(adapter, evaluation, template, model, model.tokenizer, model.name, config, lineage)
 
 
 def test_another_tokenizer_file_saves_anew_and_trains_nothing_anew() -> None:
@@ -86,6 +89,21 @@ def test_another_tokenizer_file_saves_anew_and_trains_nothing_anew() -> None:
             given |= {"held_out": rows} if stage is finetune else {}
             keys.setdefault(stage.name, []).append(stage.key(given))
     assert {name for name, (one, other) in keys.items() if one == other} == {"finetune"}
+
+
+def test_a_model_is_saved_for_each_name_of_recipe_and_base_and_not_for_what_is_only_told() -> None:
+    def key(base: str, **lineage: Any) -> str:
+        given = dict.fromkeys(signature(save.fn).parameters)
+        return save.key({**given, "base_name": base, "lineage": Lineage(**lineage)})
+
+    assert len({key("a", name="demo"), key("b", name="demo"), key("a", name="mine")}) == 3
+    assert key("a", name="demo") == key("a", name="demo", recipe={"name": "demo", "cache": {}})
+
+
+def test_the_adapter_names_the_base_as_its_card_does(tuned: tuple[Path, Path], model: Model) -> None:
+    saved = save_with(tuned[1], model.model_copy(update={"name": "moved"}), SaveConfig())
+    assert json.loads((saved.data / "adapter_config.json").read_text())["base_model_name_or_path"] == "moved"
+    assert "A LoRA adapter for `moved`" in (saved.data / "README.md").read_text()
 
 
 def test_everything_that_a_user_takes_away_is_there(saved: SavedModel) -> None:
