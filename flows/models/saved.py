@@ -12,6 +12,7 @@ import yaml
 
 from flows.recipes import build_recipe
 from tasks.caching.manifest import MANIFEST, find_damage
+from tasks.caching.runs import past_runs
 from tasks.config import Recipe
 from tasks.reading.model_files import directory_model, directory_tokenizer, read_json
 from tasks.refs import InputError, Model, home
@@ -97,12 +98,13 @@ def _base(saved: Saved) -> Model:
     raise InputError(
         f"model {saved.path}: its base model {name} is not here: got no directory with digest {digest[:16]}... "
         f"at {' or '.join(map(str, places))}; expected the one that it was trained on. "
-        "Fetch it with amazon-ft run RECIPE, or set AMAZON_FT_HOME to the root where the model was made."
+        "Run its recipe with --set model.id=DIRECTORY, wherever that model lies now (what is cached stays so), or set "
+        "AMAZON_FT_HOME to the root where the model was made."
     )
 
 
 def _places(saved: Saved) -> Iterator[Path]:
-    """Where a base model of no Hub may lie: fetched by a stage, where the training found it, or what the recipe names here."""
+    """Where a base model of no Hub may lie: fetched by a stage, where training found it, or what the recipe or a run names."""
     stages = {record["name"]: record for record in saved.lineage["stages"]}
     for root in (home(), saved.path.parent.parent.parent):
         if "fetch_model" in stages:
@@ -112,3 +114,5 @@ def _places(saved: Saved) -> Iterator[Path]:
                 with suppress(InputError):  # a checkpoint that was cut off
                     yield Path(read_json(file)["base_model_name_or_path"])  # PEFT notes what it was given, an absolute path
     yield Path(saved.recipe.model.id).expanduser().absolute()
+    named = (Path(run["config"]["model"]["id"]).expanduser().absolute() for run in past_runs() if run["config"].get("model"))
+    yield from (path for path in named if path.is_dir())

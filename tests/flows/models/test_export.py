@@ -16,6 +16,7 @@ from flows.choices import Format
 from flows.cli.main import app
 from flows.models.export import card, export_model, push_to_hub
 from flows.models.saved import Saved, find_saved
+from tasks.caching.context import open_run
 from tasks.reading.model_files import read_json
 from tasks.refs import ConfigError, InputError, PipelineError
 from tasks.training.exporting.gguf import interleaved, pre_tokenizer
@@ -219,3 +220,15 @@ def test_a_base_model_that_changed_is_not_used(tuned: tuple[Path, Path], tmp_pat
     (base / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
     with pytest.raises(InputError, match="its base model org/tiny is not here"):
         find_saved("demo").base()
+
+
+def test_a_base_model_that_was_moved_is_found_where_a_run_named_it_since(tuned: tuple[Path, Path], tmp_path: Path) -> None:
+    base = make_tiny_model(tmp_path / "base")
+    save_tuned(base, tuned[1])
+    base.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"Run its recipe with --set model\.id=DIRECTORY, wherever that model lies now"):
+        find_saved("demo").base()
+    for place in ("nowhere", "moved"):
+        with open_run("demo", {"model": {"id": str(tmp_path / place)}}):
+            pass
+    assert find_saved("demo").base().path == str(tmp_path / "moved")
