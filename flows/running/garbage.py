@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.caching import locks, runs
+from tasks.caching.context import check_root
 from tasks.config import PROMOTED
 from tasks.refs import ConfigError, home
 
@@ -65,15 +66,19 @@ def collect(keep_last: int, age_seconds: float, *, dry_run: bool = False) -> lis
     Kept are living runs, the last `keep_last` runs of each recipe that came to its end with what was tried since, runs younger
     than `age_seconds`, and the newest that used a promoted model. Removing is a rename under the root's mutex and under what
     the path is held through, so that a run which starts meanwhile sees all of it or nothing.
+
+    Raises:
+        InputError: when the root may only be read.
     """
+    check_root()
     with locks.mutex():
-        past = runs.past_runs()
+        records, past = _children("records"), runs.past_runs()  # in this order: a run tells of a stage before it records it
         promoted = _ids_of_promoted(past)
         kept = [run for run in past if run["id"] in promoted or _is_kept(run, past, keep_last, age_seconds)]
         doomed = [(path, Entry(_kind(path), str(path.relative_to(home())), _size(path))) for path in _doomed(kept)]
         if dry_run:
             return [entry for _, entry in doomed]
-        _drop_records(kept)
+        _drop_records(records, kept)
         trash = home() / "trash" / f"{time.time_ns()}"
         trash.mkdir(parents=True)
         gone = [entry for number, (path, entry) in enumerate(doomed) if _move(path, trash / f"{number}")]
@@ -125,15 +130,21 @@ def _leftovers() -> Iterator[Path]:
     models, which `amazon-ft serve` makes anew; a server that has one open keeps it until it ends.
     """
     yield from (*_children("drafts"), *_children("served"), *(home() / "runs").glob("*.lock"), *(home() / "work").glob("*.lock"))
-    yield from (path for folder in ("runs", "records") for path in _children(folder) if path.name.startswith("."))
+    yield from _half_written()
     yield from (path for path in (home() / "models").glob("*/*") if path.is_symlink() and not path.exists())
     yield from _children("trash")
 
 
-def _drop_records(kept: list[dict[str, Any]]) -> None:
+def _half_written() -> list[Path]:
+    """Files that a writer left; while a run lives, they may be its own. A writer holds its run's lock, so that is asked last."""
+    found = [path for folder in ("runs", "records") for path in _children(folder) if path.name.startswith(".")]
+    return [] if any(map(locks.is_locked, (home() / "runs").glob("*.lock"))) else found
+
+
+def _drop_records(records: list[Path], kept: list[dict[str, Any]]) -> None:
     keys = {entry["key"] for run in kept for entry in run["stages"]}
-    for record in _children("records"):
-        if record.name not in keys:
+    for record in records:
+        if record.name not in keys and not record.name.startswith("."):
             record.unlink(missing_ok=True)
 
 

@@ -21,18 +21,28 @@ RACY_SECONDS = 0.1
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits; memoised on (device, inode, size, mtime, ctime), so a kept mtime hides no edit."""
+    """SHA-256 of a file, 64 hex digits; memoised on (device, inode, size, mtime, ctime), so a kept mtime hides no edit.
+
+    What is written through a memory map moves the times at the first write after the page was synced, so the file is synced
+    before. On a file system without a disk (tmpfs) such a write moves none, and stays unseen.
+    """
     stat = path.stat()
-    identity = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
-    if known := _recall(identity):
+    if known := _recall(_identity(stat)):
         return known
     with path.open("rb") as file:
+        with suppress(OSError):  # a file system that knows no sync
+            os.fsync(file.fileno())
+        stat = os.fstat(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     after = path.stat()
     settled = time.time() - max(after.st_mtime, after.st_ctime) > RACY_SECONDS
     if settled and (after.st_mtime_ns, after.st_ctime_ns, after.st_size) == (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size):
-        _remember(identity, digest)
+        _remember(_identity(stat), digest)
     return digest
+
+
+def _identity(stat: os.stat_result) -> str:
+    return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
 
 
 def _recall(identity: str) -> str | None:

@@ -36,6 +36,8 @@ def is_locked(path: Path) -> bool:
         handle = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return False
+    except OSError:  # another's, or on a disk that may only be read: looking is enough
+        handle = os.open(path, os.O_RDONLY)
     try:
         return not lock_descriptor(handle, blocking=False)
     finally:

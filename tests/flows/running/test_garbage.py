@@ -11,7 +11,7 @@ from flows.running.garbage import collect, inventory, parse_age
 from tasks.caching import locks, runs, store
 from tasks.caching.context import open_run
 from tasks.config import PROMOTED, SampleConfig
-from tasks.refs import Artifact, ConfigError
+from tasks.refs import Artifact, ConfigError, InputError
 from tests.support import toy
 
 
@@ -128,6 +128,36 @@ def test_leftovers_of_killed_writers_go(home: Path) -> None:
     assert list((home / "drafts").iterdir()) == []
     assert [path.suffix for path in (home / "runs").iterdir()] == [".json"]
     assert not list((home / "trash").iterdir())
+
+
+@pytest.mark.parametrize("folder", ["records", "runs"])
+def test_what_a_living_run_is_writing_is_kept(home: Path, folder: str) -> None:
+    with open_run("toy", {}):
+        (home / folder).mkdir(exist_ok=True)
+        (home / folder / ".half.json").touch()
+        assert collect(keep_last=1, age_seconds=0) == []
+        assert (home / folder / ".half.json").exists()
+    assert [entry.path for entry in collect(keep_last=1, age_seconds=0)] == [f"{folder}/.half.json"]
+
+
+def test_a_record_that_a_living_run_wrote_while_gc_looked_is_kept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "records").mkdir(parents=True)
+    past_runs = runs.past_runs
+
+    def look() -> list[dict[str, Any]]:
+        found = past_runs()
+        (home / "records" / ("k" * 64)).touch()
+        return found
+
+    monkeypatch.setattr(runs, "past_runs", look)
+    collect(keep_last=1, age_seconds=0)
+    assert (home / "records" / ("k" * 64)).exists()
+
+
+def test_a_root_that_may_only_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMAZON_FT_HOME", "/proc/amazon-ft")
+    with pytest.raises(InputError, match=r"^AMAZON_FT_HOME: /proc/amazon-ft: .*; expected a directory to write to"):
+        collect(keep_last=1, age_seconds=0)
 
 
 def test_work_of_a_running_training_is_kept(home: Path) -> None:

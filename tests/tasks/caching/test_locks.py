@@ -126,3 +126,19 @@ def test_a_holder_that_has_yet_to_say_who_it_is_is_another_process(home: Path) -
     with locks.work_directory("k" * 64, waiting):
         assert told == ["another process"]
     holder.join()
+
+
+def test_a_lock_that_may_only_be_read_can_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, opened = tmp_path / "x.lock", os.open
+
+    def open_to_read(file: Path, flags: int) -> int:
+        if flags & os.O_RDWR:
+            raise PermissionError(file)
+        return opened(file, flags)
+
+    with locks.locked(path):
+        monkeypatch.setattr(os, "open", open_to_read)
+        assert locks.is_locked(path)
+        monkeypatch.undo()
+    monkeypatch.setattr(os, "open", open_to_read)
+    assert not locks.is_locked(path)

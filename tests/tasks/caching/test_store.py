@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import random
 import signal
@@ -148,6 +149,20 @@ def test_edit_with_a_kept_mtime_is_seen(tmp_path: Path) -> None:
     file.write_text("two")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert files.file_digest(file) != first
+
+
+def test_write_through_a_mapping_that_was_dirty_before_is_seen(tmp_path: Path) -> None:
+    kind = subprocess.run(["stat", "-f", "-c", "%T", str(tmp_path)], capture_output=True, text=True, check=True).stdout.strip()
+    if kind == "tmpfs":
+        pytest.skip("a file system without a disk notes no time of what is written through a mapping")
+    file = tmp_path / "trn.json"
+    file.write_bytes(bytes(8192))
+    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as mapped:
+        mapped[0] = 1
+        settle(file)
+        first = files.file_digest(file)
+        mapped[1] = 1
+        assert files.file_digest(file) != first
 
 
 def test_too_little_space_is_said_before_writing(home: Path) -> None:
