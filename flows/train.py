@@ -9,7 +9,7 @@ from prefect import flow
 from flows.pipeline import Tuned, tune
 from flows.reports.subscribers import subscribers
 from flows.running.deployed import supervised
-from flows.running.gpus import one_gpu
+from flows.running.gpus import gpus_wanted, held_gpus
 from tasks.caching.context import open_run
 from tasks.caching.engine import PrefectEngine
 from tasks.caching.stage import StageReached
@@ -32,6 +32,6 @@ def amazon_ft_train(recipe: Recipe, prepared: Prepared, until: str | None = None
     record = open_run(
         recipe.name, recipe.model_dump(mode="json"), until=until, child=True, engine=PrefectEngine(), observers=observers
     )
-    with supervised(), record, one_gpu(recipe.device), suppress(StageReached):
+    with supervised(), record, held_gpus(recipe.device, gpus_wanted(recipe.finetune)), suppress(StageReached):
         return tune(recipe, prepared.model_copy(update={"model": with_weights(prepared.model)}))
     return None

@@ -246,7 +246,7 @@ class FinetuneConfig(Section):
     max_steps: int | None = Field(default=1000, ge=1)
     """Optimizer steps; overrides epochs, as in the document."""
     batch_size: int = Field(default=2, ge=1)
-    """Rows per device and micro-step."""
+    """Rows per micro-step."""
     gradient_accumulation: int = Field(default=4, ge=1)
     learning_rate: float = Field(default=2e-4, gt=0, le=1)
     warmup_steps: int = Field(default=100, ge=0)
@@ -269,6 +269,9 @@ class FinetuneConfig(Section):
     """A logged loss above this, or NaN, stops the training as diverged."""
     num_workers: int = aside(0, ge=0)
     """Data loader processes."""
+    devices: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = aside(1)
+    """GPUs (on a CPU: processes) that share the rows of each step; `auto`: all GPUs that the run may use, as far as a step has
+    rows for them. It changes the time, not the result."""
     eval_steps: int | None = Field(default=None, ge=1)
     """The loss on the held-out rows every so many steps, a multiple of logging_steps; null: never. What is chosen by it
     (`keep`, `early_stopping`) is chosen on the rows that evaluate judges by, which flatters the result a little."""
@@ -276,6 +279,11 @@ class FinetuneConfig(Section):
     """End after so many held-out losses in a row that are no better than the best before; null: never."""
     keep: Literal["last", "best"] = "last"
     """The adapter of the last step, or of the step with the best held-out loss."""
+
+    @property
+    def step_rows(self) -> int:
+        """Rows (or packs) of an optimizer step, on all devices together."""
+        return self.batch_size * self.gradient_accumulation
 
     @model_validator(mode="after")
     def _goes_by_logged_steps(self) -> Self:
@@ -422,6 +430,19 @@ class Recipe(Section):
             (
                 tune.eval_steps is not None and self.sample.eval_rows == 0,
                 "finetune.eval_steps needs held-out rows: set sample.eval_rows above 0",
+            ),
+            (
+                tune.devices != 1 and tune.backend == "unsloth",
+                "finetune.devices needs finetune.backend=fast or hf: Unsloth trains on one GPU; set it to 1",
+            ),
+            (
+                tune.devices != 1 and tune.lora.dropout > 0,
+                "finetune.devices needs finetune.lora.dropout=0: what is dropped would depend on their number",
+            ),
+            (
+                tune.devices != "auto" and tune.devices > tune.step_rows,
+                f"finetune.devices={tune.devices} exceeds the rows of a step, batch_size times gradient_accumulation "
+                f"({tune.step_rows}); raise finetune.gradient_accumulation",
             ),
             (
                 tune.max_steps is not None and tune.warmup_steps > tune.max_steps,

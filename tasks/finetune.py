@@ -27,6 +27,7 @@ from tasks.refs import Adapter, Artifact, InputError, Model, home
 from tasks.training.backend import Backend, Job, Resolved
 from tasks.training.checkpoints import damage_of, drop_from, is_last, newest_intact, resumable, step_of
 from tasks.training.memory import training_errors_explained
+from tasks.training.parallel.launch import train_on
 from tasks.training.validation import best_step, has_stopped_improving
 from tasks.training.watch import LOG, StepRecord, read_log
 
@@ -185,7 +186,15 @@ def _train(job: Job) -> float:
     if job.resume is not None:
         logger.info("finetune goes on from step %d.", step_of(job.resume))
     with training_errors_explained(job):
-        return load_backend(job.config.backend).train(job)
+        return train_job(job)
+
+
+def train_job(job: Job) -> float:
+    """Train in this process, or on several devices in one each; the peak of memory in GiB."""
+    from tasks.training import hardware
+
+    devices = hardware.count_devices(job.config, job.resolved.device)
+    return train_on(devices, job) if devices > 1 else load_backend(job.config.backend).train(job)
 
 
 def _wait_for(holder: str) -> None:

@@ -22,7 +22,7 @@ from rich.table import Table
 from flows.bench.data import machine
 from flows.bench.processes import module, run_process
 from flows.recipes import load_recipe
-from flows.running.gpus import one_gpu
+from flows.running.gpus import held_gpus
 from tasks.caching.versions import package_versions
 from tasks.config import FinetuneConfig
 from tasks.refs import InputError, Model
@@ -36,8 +36,10 @@ FLOP_PER_WEIGHT = 4
 """For each token: two forward, two for the gradient of the input; frozen weights have none of their own."""
 
 
-def bench_train(model: Model, data: Path, *, held: tuple[str, ...], against_document: bool, console: Console) -> dict[str, Any]:
-    """Measure on one GPU, held meanwhile, and print; all numbers, with machine and versions.
+def bench_train(
+    model: Model, data: Path, *, held: tuple[str, ...], against_document: bool, devices: int = 1, console: Console
+) -> dict[str, Any]:
+    """Measure on one GPU, or on several beside one, held meanwhile, and print; all numbers, with machine and versions.
 
     `data` holds packs.arrow and texts.json, a list of the texts that the packs are made of.
 
@@ -47,11 +49,11 @@ def bench_train(model: Model, data: Path, *, held: tuple[str, ...], against_docu
     """
     if against_document and find_spec("unsloth") is None:
         raise InputError("bench train: --against document: got no package unsloth; expected it. pip install unsloth unsloth_zoo")
-    with one_gpu("cuda"):
-        return _bench(model, data, [*held, *(["document"] if against_document else [])], console)
+    with held_gpus("cuda", devices):
+        return _bench(model, data, [*held, *(["document"] if against_document else [])], devices, console)
 
 
-def _bench(model: Model, data: Path, sides: Sequence[str], console: Console) -> dict[str, Any]:
+def _bench(model: Model, data: Path, sides: Sequence[str], devices: int, console: Console) -> dict[str, Any]:
     device = device_here()
     memory_plan.check_supported(Path(model.path), hardware.resolve_dtype("auto", device))
     if device == "cpu":
@@ -59,10 +61,14 @@ def _bench(model: Model, data: Path, sides: Sequence[str], console: Console) -> 
     limit, weights = matmul_limit(device), linear_weights(model)
     measured: dict[str, Any] = {}
     for side in sides:
-        measured[side] = measure_training_side(side, model, data, device)
-        measured[side]["share_of_limit"] = round(measured[side]["tokens_per_second"] * weights * FLOP_PER_WEIGHT / limit, 3)
-        console.print(f"{side}: {json.dumps(measured[side])}", highlight=False)
+        for count in (1,) if side == "document" or devices == 1 else (1, devices):
+            found = measure_training_side(side, model, data, device, used=count, step_packs=devices)
+            found["share_of_limit"] = round(found["tokens_per_second"] * weights * FLOP_PER_WEIGHT / limit / count, 3)
+            measured[name := side if count == 1 else f"{side} x{count}"] = found
+            console.print(f"{name}: {json.dumps(found)}", highlight=False)
     console.print(speed_table(measured))
+    for name, times in device_speedups(measured).items():
+        console.print(f"{name}: {times} times one device", highlight=False)
     return {
         "device": hardware.device_name(device),
         "machine": machine(),
@@ -71,17 +77,24 @@ def _bench(model: Model, data: Path, sides: Sequence[str], console: Console) -> 
         "model": model.name,
         "sides": measured,
         "ratio": training_speedups(measured),
+        "times_one_device": device_speedups(measured),
     }
 
 
-def measure_training_side(side: str, model: Model, data: Path, device: str) -> dict[str, Any]:
-    """One side in a process of its own: tokens_per_second (median), windows, peak_gib, seconds_to_first_step, resolved."""
+def measure_training_side(
+    side: str, model: Model, data: Path, device: str, *, used: int = 1, step_packs: int = 1
+) -> dict[str, Any]:
+    """One side in a process of its own: tokens_per_second (median), windows, peak_gib, seconds_to_first_step, resolved.
+
+    Ours trains on `used` devices, in steps of `step_packs` packs.
+    """
     ours, document = GPU_STEPS if device == "cuda" else CPU_STEPS
     with tempfile.TemporaryDirectory() as scratch:
         if side == "document":
             command = module("flows.bench.train_document", model.path, data / "texts.json", device, document, WINDOWS)
         else:
-            command = module("flows.bench.train_ours", model.model_dump_json(), data / "packs.arrow", device, side, ours, WINDOWS)
+            sizes = (ours, WINDOWS, used, step_packs)
+            command = module("flows.bench.train_ours", model.model_dump_json(), data / "packs.arrow", device, side, *sizes)
         cost = run_process(command, Path(scratch), os.environ | {"HF_HUB_OFFLINE": "1", "AMAZON_FT_HOME": scratch})
     found: dict[str, Any] = json.loads(cost.output.splitlines()[-1])
     return {
@@ -101,6 +114,18 @@ def training_speedups(measured: dict[str, Any]) -> dict[str, float]:
         return {}
     base = measured["document"]["tokens_per_second"]
     return {side: round(found["tokens_per_second"] / base, 2) for side, found in measured.items() if side != "document"}
+
+
+def device_speedups(measured: dict[str, Any]) -> dict[str, float]:
+    """{side on several devices: how many times as fast as on one}.
+
+    >>> device_speedups({"fp8": {"tokens_per_second": 20.0}, "fp8 x2": {"tokens_per_second": 39.0}})
+    {'fp8 x2': 1.95}
+    """
+    several = {name: name.partition(" x")[0] for name in measured if " x" in name}
+    return {
+        name: round(measured[name]["tokens_per_second"] / measured[one]["tokens_per_second"], 3) for name, one in several.items()
+    }
 
 
 def speed_table(measured: dict[str, Any]) -> Table:
@@ -150,8 +175,9 @@ def linear_weights(model: Model) -> int:
     return shape.layers * shape.layer_parameters + shape.vocabulary * shape.hidden
 
 
-def bench_config(held: str, steps: int, windows: int) -> FinetuneConfig:
+def bench_config(held: str, steps: int, windows: int, *, devices: int = 1, step_packs: int = 1) -> FinetuneConfig:
     """Recipe `fast`'s training, one window more than is timed, logged once a window."""
     total = steps * (windows + 1)
     changes = {"frozen_weights": held, "max_steps": total, "logging_steps": steps, "save_steps": total, "warmup_steps": 2}
+    changes |= {"devices": devices, "gradient_accumulation": step_packs}
     return FinetuneConfig.model_validate(load_recipe("fast").finetune.model_dump() | changes)

@@ -1,8 +1,8 @@
 """The fast backend on given packs, as the stage finetune calls it; ends with one line of JSON.
 
-usage: python -m flows.bench.train_ours MODEL_JSON PACKS_ARROW DEVICE HELD STEPS WINDOWS
+usage: python -m flows.bench.train_ours MODEL_JSON PACKS_ARROW DEVICE HELD STEPS WINDOWS DEVICES STEP_PACKS
 
-MODEL_JSON is a reference (tasks/refs.py), HELD a value of finetune.frozen_weights.
+MODEL_JSON is a reference (tasks/refs.py), HELD a value of finetune.frozen_weights, STEP_PACKS the packs of a step.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from datasets import Dataset
 from flows.bench.train import bench_config
 from tasks.caching.context import observing
 from tasks.caching.events import Event, StepsLogged
-from tasks.config import WeightsConfig
-from tasks.finetune import load_backend
+from tasks.config import FinetuneConfig, WeightsConfig
+from tasks.finetune import train_job
 from tasks.refs import Model
 from tasks.training import hardware, model_shape
 from tasks.training.backend import Job
@@ -49,9 +49,9 @@ class Windows:
         """Nothing is left to do."""
 
 
-def time_training(model: Model, packs: Path, device: str, held: str, steps: int, windows: int) -> dict[str, Any]:
+def time_training(model: Model, packs: Path, device: str, config: FinetuneConfig) -> dict[str, Any]:
     """Train and time."""
-    config, told = bench_config(held, steps, windows), Windows()
+    told, steps = Windows(), config.logging_steps
     resolved = hardware.resolve(config, WeightsConfig(load_in_4bit=False), device)
     shape, free = model_shape.read_shape(Path(model.path)), hardware.free_gib(device)
     assert shape is not None
@@ -59,8 +59,8 @@ def time_training(model: Model, packs: Path, device: str, held: str, steps: int,
     with TemporaryDirectory() as work, observing(told):
         chosen = memory_plan.choose(config, resolved, shape, longest, free)
         job = Job(model, packs, True, config, longest, chosen, Path(work))
-        peak = load_backend("fast").train(job)
-    a_step = (told.times[-1] - told.times[0]) / (steps * windows)
+        peak = train_job(job)
+    a_step = (told.times[-1] - told.times[0]) / (steps * (len(told.times) - 1))
     return {
         "windows": [round(speed, 1) for speed in told.speeds[1:]],
         "peak_gib": peak,
@@ -72,6 +72,8 @@ def time_training(model: Model, packs: Path, device: str, held: str, steps: int,
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    model_json, packs, device, held, steps, windows = sys.argv[1:]
-    found = time_training(Model.model_validate_json(model_json), Path(packs), device, held, int(steps), int(windows))
+    model_json, packs, device, held, *sizes = sys.argv[1:]
+    steps, windows, devices, step_packs = map(int, sizes)
+    config = bench_config(held, steps, windows, devices=devices, step_packs=step_packs)
+    found = time_training(Model.model_validate_json(model_json), Path(packs), device, config)
     sys.stdout.write(json.dumps(found) + "\n")

@@ -52,6 +52,7 @@ def train(
     model: Annotated[Path | None, typer.Option(help="A model directory; else fast's, on a CPU a tiny one.")] = None,
     data: Annotated[Path | None, typer.Option(help="Holds packs.arrow and texts.json; else generated.")] = None,
     held: Annotated[list[Held] | None, typer.Option(help="How the base matrices lie in memory; may be repeated.")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Train on so many GPUs too, after one, in steps of as many packs.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers there.")] = None,
 ) -> None:
     """Text tokens a second of the fast backend: share of the matmul limit, memory, seconds to the first step."""
@@ -60,7 +61,8 @@ def train(
     with TemporaryDirectory() as scratch:
         reference, source = bench_inputs(model, data, Path(scratch), device_here())
         ways = tuple(way.value for way in held or [Held.AUTO])
-        found = bench_train(reference, source, held=ways, against_document=against is not None, console=Console())
+        compared = against is not None
+        found = bench_train(reference, source, held=ways, against_document=compared, devices=devices, console=Console())
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The GPUs of this host: which are there, and one training to a GPU at a time, whichever server sent it.
+"""The GPUs of this host: which are there, and each for one training at a time, whichever server sent it.
 
 A work pool's limit holds on one server only; the lock here is the host's, all users' alike, and goes by the GPU's UUID.
 """
@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import Timeout, UnixFileLock
+
+from tasks.config import FinetuneConfig
+from tasks.refs import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -57,42 +60,76 @@ def visible_gpus() -> list[Gpu]:
     return [gpu for gpu in list_gpus() if gpu.index in names or any(gpu.uuid.startswith(name) for name in names)]
 
 
-@contextmanager
-def one_gpu(device: str) -> Generator[None]:
-    """Hold one visible GPU of the host for the block and hide the others; nothing for `cpu` or without a GPU.
+def gpus_wanted(config: FinetuneConfig) -> int:
+    """How many GPUs a training is to have: of `auto` all that are visible, as far as a step has rows for them."""
+    if config.devices == "auto":
+        return max(1, min(len(visible_gpus()), config.step_rows))
+    return config.devices
 
-    Waits while other trainings hold them all. Call it before CUDA starts.
+
+@contextmanager
+def held_gpus(device: str, count: int = 1) -> Generator[None]:
+    """Hold so many visible GPUs of the host for the block and hide the others; nothing for `cpu` or without a GPU.
+
+    Waits while other trainings hold too many of them. Call it before CUDA starts.
+
+    Raises:
+        ConfigError: when there are not as many.
     """
     gpus = visible_gpus() if device == "cuda" else []
     if not gpus:
         yield
         return
+    if count > len(gpus):
+        raise ConfigError(
+            f"finetune.devices: too few GPUs here: got {count}; expected at most {len(gpus)}, or auto. "
+            "Lower it, or run on a machine with more."
+        )
     before = {VISIBLE: os.environ[VISIBLE]} if VISIBLE in os.environ else {}
-    gpu, lock = _first_free(gpus)
+    held = _wait_for(gpus, count)
     try:
-        os.environ[VISIBLE] = gpu.uuid
+        os.environ[VISIBLE] = ",".join(gpu.uuid for gpu in held)
         yield
     finally:
         os.environ.pop(VISIBLE, None)
         os.environ.update(before)
-        lock.release()
+        for lock in held.values():
+            lock.release()
 
 
-def _first_free(gpus: Sequence[Gpu]) -> tuple[Gpu, UnixFileLock]:
+def _wait_for(gpus: Sequence[Gpu], count: int) -> dict[Gpu, UnixFileLock]:
     told = False
     while True:
-        for gpu in gpus:
-            lock = _lock_of(gpu)
-            with suppress(Timeout):
-                lock.acquire(timeout=0)
-                return gpu, lock
+        held = _free(gpus, count)
+        if len(held) == count:
+            return held
+        for lock in held.values():
+            lock.release()
         if not told:
-            logger.warning("waits for a GPU: another training holds %s.", ", ".join(f"GPU {gpu.index}" for gpu in gpus))
+            taken = ", ".join(f"GPU {gpu.index}" for gpu in gpus if gpu not in held)
+            logger.warning("waits for %s: another training holds %s.", "a GPU" if count == 1 else f"{count} GPUs", taken)
             told = True
         time.sleep(LOOK_SECONDS)
 
 
-def _lock_of(gpu: Gpu) -> UnixFileLock:
+def _free(gpus: Sequence[Gpu], count: int) -> dict[Gpu, UnixFileLock]:
+    """At most so many GPUs that nobody else holds.
+
+    One training at a time looks for them: two that each want two could else take one each, for ever.
+    """
+    held: dict[Gpu, UnixFileLock] = {}
+    with _lock_of("gpus"):
+        for gpu in gpus:
+            lock = _lock_of(gpu.uuid)
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+                held[gpu] = lock
+            if len(held) == count:
+                break
+    return held
+
+
+def _lock_of(name: str) -> UnixFileLock:
     """One that every user of the host may take, whatever the umask of the first."""
-    path = Path(tempfile.gettempdir()) / f"amazon-ft-{gpu.uuid}.lock"
+    path = Path(tempfile.gettempdir()) / f"amazon-ft-{name}.lock"
     return UnixFileLock(path, mode=0o666, fallback_to_soft=False)

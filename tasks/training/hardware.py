@@ -39,6 +39,25 @@ def resolve(config: FinetuneConfig, weights: WeightsConfig, device: str) -> Reso
     )
 
 
+def count_devices(config: FinetuneConfig, device: str) -> int:
+    """How many GPUs, or on a CPU processes, share the steps of a training.
+
+    Raises:
+        ConfigError: when there are not as many GPUs.
+    """
+    import torch
+
+    there = torch.cuda.device_count() if device == "cuda" else 1
+    if config.devices == "auto":
+        return max(1, min(there, config.step_rows))
+    if device == "cuda" and config.devices > there:
+        raise ConfigError(
+            f"finetune.devices: too few GPUs here: got {config.devices}; expected at most {there}, or auto. "
+            "Lower it, or run on a machine with more."
+        )
+    return config.devices
+
+
 def resolve_optimizer(wanted: str, device: str) -> str:
     """The optimizer to use: 8-bit moments save a GPU's memory; on the CPU the same AdamW keeps them in 32 bits.
 

@@ -17,7 +17,6 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import copy_context
-from itertools import islice
 from queue import SimpleQueue
 from types import FrameType
 from typing import Any
@@ -25,6 +24,8 @@ from typing import Any
 from tasks.training.backend import Job
 from tasks.training.checkpoints import describe_kept, prune, seal, step_of
 from tasks.training.hardware import peak_gib, used_gib
+from tasks.training.parallel.dealing import Idle
+from tasks.training.parallel.peers import Alone, Peers, find_peers
 from tasks.training.validation import ValidationLoss, best_step, has_stopped_improving
 from tasks.training.watch import LOG, DivergenceCheck, Watch, read_log, rewind_log
 
@@ -52,20 +53,25 @@ def run_trainer(job: Job, trainer: Any) -> float:
     Raises:
         DivergedError: naming the step and the uids of its rows.
     """
-    rewind_log(job.work / LOG, step_of(job.resume) if job.resume else 0)
+    peers = find_peers()
+    peers.join(trainer)
+    if peers.is_first:
+        rewind_log(job.work / LOG, step_of(job.resume) if job.resume else 0)
     watch = Watch(
         log=job.work / LOG,
         steps=planned_steps(trainer),
         check=DivergenceCheck(
             max_loss=job.config.max_loss,
             scaled=job.resolved.dtype == "float16",
-            rows_of=lambda step: rows_of_step(trainer, step),
+            rows_of=lambda step: uids_of(trainer, peers.rows_of_step(trainer, step)),
             kept=lambda: describe_kept(job.work),
         ),
         memory_gib=lambda: used_gib(job.resolved.device),
+        of_all=peers.of_all,
+        tells=peers.is_first,
     )
-    _attach(trainer, watch, job)
-    with _stoppable(trainer):
+    _attach(trainer, watch, job, peers)
+    with _stoppable(trainer, peers):
         trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
     return peak_gib(job.resolved.device)
 
@@ -146,25 +152,19 @@ def planned_steps(trainer: Any) -> int:
     return int(trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1])
 
 
-def rows_of_step(trainer: Any, step: int) -> Sequence[str]:
-    """The uids of the rows that a step (from 1) is made of, from the order that the seed gives."""
-    loader, accumulation = trainer.get_train_dataloader(), trainer.args.gradient_accumulation_steps
-    epoch, update = divmod(step - 1, -(-len(loader) // accumulation))
-    loader.set_epoch(epoch)
-    batches = islice(iter(loader.batch_sampler), update * accumulation, (update + 1) * accumulation)
-    indices = [index for batch in batches for index in batch]
-    return [uid for uids in trainer.train_dataset[indices]["uids"] for uid in uids]
+def uids_of(trainer: Any, rows: Sequence[int]) -> Sequence[str]:
+    """The uids of rows of the training."""
+    return [uid for uids in trainer.train_dataset[rows]["uids"] for uid in uids]
 
 
-def _attach(trainer: Any, watch: Watch, job: Job) -> None:
+def _attach(trainer: Any, watch: Watch, job: Job, peers: Alone | Peers) -> None:
     """Let the watch see every micro-step, gradient norm and step of the trainer."""
     from transformers import TrainerCallback
 
     train_step, norm = trainer.training_step, trainer._get_grad_norm
 
     def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        mask = inputs.get("attention_mask")
-        tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
+        tokens = tokens_of(inputs)
         loss = train_step(model, inputs, *args, **kwargs)
         watch.micro_step(loss, tokens)
         return loss
@@ -189,28 +189,45 @@ def _attach(trainer: Any, watch: Watch, job: Job) -> None:
             if control.should_log or control.should_save:
                 watch.flush()
             if loss is not None:
-                _decide(job, state.global_step, control)
+                _decide(job, state.global_step, control, peers)
 
         def on_save(self, *args: Any, **_: Any) -> None:
-            seal(job.work / f"checkpoint-{args[1].global_step}")
-            prune(job.work, job.config.keep_checkpoints, always=best_step(read_log(job.work / LOG)))
+            _keep(job, args[1].global_step, peers)
 
     trainer.add_callback(Watched())
 
 
-def _decide(job: Job, step: int, control: Any) -> None:
+def _keep(job: Job, step: int, peers: Alone | Peers) -> None:
+    """Seal the checkpoint of a step, which the first process has written, and drop older ones."""
+    if peers.is_first:
+        seal(job.work / f"checkpoint-{step}")
+        prune(job.work, job.config.keep_checkpoints, always=best_step(read_log(job.work / LOG)))
+
+
+def tokens_of(batch: Any) -> Any:
+    """Tokens of a batch that carry text, as a tensor or a number."""
+    if isinstance(batch, Idle):
+        return 0
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else mask.sum()
+
+
+def _decide(job: Job, step: int, control: Any, peers: Alone | Peers) -> None:
     """Save the best step so far where the best is wanted; end a training that gets no better, with a checkpoint."""
-    records = read_log(job.work / LOG)
-    if job.config.keep == "best" and best_step(records) == step:
-        control.should_save = True
-    if has_stopped_improving(records, job.config.early_stopping):
+    records = read_log(job.work / LOG) if peers.is_first else []
+    ends = peers.any(has_stopped_improving(records, job.config.early_stopping))
+    if ends:
         logger.info("finetune ends at step %d: %d held-out losses in a row were no better.", step, job.config.early_stopping)
-        control.should_save = control.should_training_stop = True
+        control.should_training_stop = True
+    control.should_save |= peers.any(ends or (job.config.keep == "best" and best_step(records) == step))
 
 
 @contextmanager
-def _stoppable(trainer: Any) -> Generator[None]:
-    """Let a signal end the training after the step at hand, with a checkpoint, and only then do what it did before."""
+def _stoppable(trainer: Any, peers: Alone | Peers) -> Generator[None]:
+    """Let a signal end the training after the step at hand, with a checkpoint, and only then do what it did before.
+
+    Of several processes all end after the same step, whichever heard first.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -221,7 +238,7 @@ def _stoppable(trainer: Any) -> Generator[None]:
     class Stopping(TrainerCallback):
         def on_step_end(self, *args: Any, **_: Any) -> None:
             stop.steps += 1
-            if stop.number is not None:
+            if peers.any(stop.number is not None):
                 args[2].should_save = args[2].should_training_stop = True
 
     trainer.callback_handler.callbacks.insert(0, Stopping())

@@ -62,7 +62,18 @@ class Pending:
 class Watch:
     """Collects steps; hands them to the log, the listeners and the check when a step is logged or saved."""
 
-    def __init__(self, *, log: Path, steps: int, check: DivergenceCheck, memory_gib: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        *,
+        log: Path,
+        steps: int,
+        check: DivergenceCheck,
+        memory_gib: Callable[[], float],
+        of_all: Callable[[Sequence[StepRecord]], list[StepRecord]] = list,
+        tells: bool = True,
+    ) -> None:
+        """Of several processes that share each step, `of_all` puts steps together, and one tells of them."""
+        self._of_all, self._tells = of_all, tells
         self._log = log
         self._steps = steps
         self._check = check
@@ -102,20 +113,15 @@ class Watch:
         if not records:
             return
         self._waiting = []
-        records = _on_time(records, time.monotonic() - self._began)
+        records = self._of_all(_on_time(records, time.monotonic() - self._began))
+        if not self._tells:
+            return
         with self._log.open("a") as file:
             file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
         report = self._report(records)
-        tell(report)
-        logger.info(
-            "step %d of %d: loss %.4f, learning rate %.2e, gradient norm %.3f, %.0f tokens/s, %.0f s left",
-            *(report.step, report.steps, report.loss, report.learning_rate, report.grad_norm),
-            *(report.tokens_per_second, report.eta_seconds),
-        )
-        if records[-1].held_out_loss is not None:
-            logger.info("step %d: held-out loss %.4f", report.step, records[-1].held_out_loss)
+        tell_steps(report)
         self._check.judge(records)
 
     def _report(self, records: Sequence[StepRecord]) -> StepsLogged:
@@ -162,6 +168,18 @@ class DivergenceCheck:
         if not math.isfinite(record.grad_norm) and not self.scaled:
             return f"gradient norm {record.grad_norm:g}"
         return None
+
+
+def tell_steps(report: StepsLogged) -> None:
+    """Let all hear how a training stands."""
+    tell(report)
+    logger.info(
+        "step %d of %d: loss %.4f, learning rate %.2e, gradient norm %.3f, %.0f tokens/s, %.0f s left",
+        *(report.step, report.steps, report.loss, report.learning_rate, report.grad_norm),
+        *(report.tokens_per_second, report.eta_seconds),
+    )
+    if (held_out := report.records[-1]["held_out_loss"]) is not None:
+        logger.info("step %d: held-out loss %.4f", report.step, held_out)
 
 
 def rewind_log(log: Path, step: int) -> None:

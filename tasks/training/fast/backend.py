@@ -49,8 +49,7 @@ def make_packed_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
 
     class PackedTrainer(Trainer):
         def compute_loss(self, model: Any, inputs: Any, *_: Any, num_items_in_batch: Any = None, **__: Any) -> Any:
-            del model
-            return packed.loss(inputs, num_items_in_batch)
+            return model(inputs, num_items_in_batch) * self.accelerator.num_processes  # of which DDP takes the mean
 
     known = {name: value for name, value in sft_arguments(job).items() if name not in ONLY_TRL}
     trainer = PackedTrainer(
@@ -60,6 +59,7 @@ def make_packed_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
         data_collator=collator(job, max_lengths(rows)),
         processing_class=tokenizer,
     )
+    wrapped.forward = packed.loss  # through the model, for DDP exchanges the gradients of what goes through it
     trainer.model_accepts_loss_kwargs = True  # the loss is already divided by all labelled tokens of a step
     trainer.remove_callback(PrinterCallback)
     return trainer

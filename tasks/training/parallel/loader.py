@@ -1,0 +1,139 @@
+"""A process's share of the rows of each step, for a transformers.Trainer under torchrun; imports torch.
+
+A Trainer deals whole micro-batches in turn, fills up the last step with rows seen before, and makes a step of more rows the more
+processes there are. Here a step has the rows that it has in one process, and in the same order; each process gets as many
+micro-batches as the others, so that Trainer's loop, its counting of learnt tokens over all processes and DDP stay as they are.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Sampler
+
+from tasks.training.parallel.dealing import Idle, deal, micro_steps, row_costs
+
+RNG_STATE = "rng_state.pth"
+"""Where a Trainer alone keeps its random state."""
+
+
+class Dealt(BatchSampler):
+    """The micro-batches of one process."""
+
+    def __init__(
+        self, order: Sampler[int], costs: Sequence[float], *, batch_size: int, step_rows: int, rank: int, ranks: int
+    ) -> None:
+        super().__init__(order, batch_size, drop_last=False)
+        self._order, self._costs, self._step_rows = order, costs, step_rows
+        self._rank, self._ranks = rank, ranks
+
+    def steps(self) -> Iterator[list[int]]:
+        """The rows of each step, on all processes."""
+        yield from BatchSampler(self._order, self._step_rows, drop_last=False)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for rows in self.steps():
+            yield from deal(rows, self._costs, self.batch_size, self._ranks)[self._rank]
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self._costs), self._step_rows)
+        return full * self._micro_steps(self._step_rows) + self._micro_steps(rest)
+
+    def _micro_steps(self, rows: int) -> int:
+        return micro_steps(rows, self.batch_size, self._ranks)
+
+
+def deal_to_ranks(trainer: Any, rank: int, ranks: int) -> None:
+    """Let a Trainer under torchrun take its share of each step of the training that it would be alone."""
+    from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
+
+    args, costs = trainer.args, row_costs(trainer.train_dataset.data)
+    step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    sizes = {"batch_size": args.per_device_train_batch_size, "step_rows": step_rows, "rank": rank, "ranks": ranks}
+    collate = idle_where_empty(trainer.data_collator, packed="seq_lengths" in trainer.train_dataset.column_names)
+
+    def get_train_dataloader() -> Any:
+        rows = trainer._remove_unused_columns(trainer.train_dataset, description="Training")
+        order = SeedableRandomSampler(rows, data_seed=args.data_seed)  # what accelerate makes of a Trainer's own
+        made: Any = DataLoader(
+            rows,
+            batch_sampler=Dealt(order, costs, **sizes),
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
+        return prepare_data_loader(
+            made,
+            trainer.accelerator.device,
+            num_processes=1,  # it is dealt already
+            process_index=0,
+            put_on_device=True,
+            non_blocking=trainer.accelerator.non_blocking,
+        )
+
+    trainer.get_train_dataloader = get_train_dataloader
+    args.gradient_accumulation_steps = micro_steps(step_rows, args.per_device_train_batch_size, ranks)
+    _exchange_adapters_only(trainer)
+    _keep_one_random_state(trainer, rank)
+
+
+def rows_of_dealt_step(trainer: Any, step: int) -> list[int]:
+    """The rows that a step (from 1) is made of, on all processes."""
+    loader = trainer.get_train_dataloader()
+    epoch, update = divmod(step - 1, -(-len(loader) // trainer.args.gradient_accumulation_steps))
+    loader.set_epoch(epoch)
+    return next(islice(loader.batch_sampler.steps(), update, None))
+
+
+def idle_where_empty(collate: Callable[[Sequence[Any]], dict[str, Any]], *, packed: bool) -> Callable[[Sequence[Any]], Any]:
+    """The collator, and a batch of two tokens without a label where there are no rows."""
+    blank: dict[str, list[int]] = {"input_ids": [0, 0], "labels": [-100, -100]}
+    if packed:
+        blank["seq_lengths"] = [2]
+
+    def collate_or_idle(rows: Sequence[Any]) -> dict[str, Any]:
+        return collate(rows) if rows else Idle(collate([blank]))
+
+    return collate_or_idle
+
+
+def _exchange_adapters_only(trainer: Any) -> None:
+    """DDP copies all weights from the first process to the others, unless told; frozen ones are the same on all."""
+    model, settings = trainer.model, trainer.accelerator.ddp_handler
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    # what DistributedDataParallel._set_params_and_buffers_to_ignore_for_model sets, as there is no other way
+    model._ddp_params_and_buffers_to_ignore = frozen + [name for name, _ in model.named_buffers()]
+    settings.find_unused_parameters, settings.gradient_as_bucket_view = False, True
+    # else each layer's compiled function is cut in pieces, for an overlap that there is from layer to layer anyway
+    torch._dynamo.config.optimize_ddp = False  # pyright: ignore[reportPrivateUsage]
+
+
+def _keep_one_random_state(trainer: Any, rank: int) -> None:
+    """Let the first process keep its random state where a Trainer alone would, and all go on from there."""
+    from transformers.trainer_pt_utils import safe_globals
+
+    def save(folder: str) -> None:
+        states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.random.get_rng_state()
+        if rank == 0:
+            torch.save(states, Path(folder, RNG_STATE))
+
+    def load(checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        with safe_globals():
+            states = torch.load(Path(checkpoint, RNG_STATE), weights_only=True)
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])
+        torch.random.set_rng_state(states["cpu"])
+        if torch.cuda.is_available() and "cuda" in states:
+            torch.cuda.random.set_rng_state(states["cuda"])
+
+    trainer._save_rng_state, trainer._load_rng_state = save, load
