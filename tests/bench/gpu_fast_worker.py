@@ -43,6 +43,7 @@ def profile(model: Path, data: Path, device: str, held: str) -> dict[str, Any]:
     from transformers import TrainerCallback
 
     from flows.bench import train_ours
+    from flows.bench.train import bench_config
 
     activities = [torch.profiler.ProfilerActivity.CPU if device == "cpu" else torch.profiler.ProfilerActivity.CUDA]
     profiler = torch.profiler.profile(activities=activities)
@@ -65,7 +66,7 @@ def profile(model: Path, data: Path, device: str, held: str) -> dict[str, Any]:
         return trainer.run_trainer(job, made)
 
     with patch.object(fast, "run_trainer", watched):
-        told = train_ours.time_training(reference(model), data / "packs.arrow", device, held, WARM + PROFILED, 1)
+        told = train_ours.time_training(reference(model), data / "packs.arrow", device, bench_config(held, WARM + PROFILED, 1))
     rows = [
         (event.key, event.self_device_time_total if device == "cuda" else event.self_cpu_time_total, event.count)
         for event in profiler.key_averages()
@@ -203,12 +204,13 @@ def with_adapter(base: Any) -> Any:
 def capped(model: Path, data: Path, device: str, gib: str) -> dict[str, Any]:
     """A training in so much memory: what was chosen, how fast it was, and the most that torch and the driver saw in use."""
     from flows.bench import train_ours
+    from flows.bench.train import bench_config
     from tasks.training import hardware
 
     room = float(gib) - DRIVER_GIB
     torch.cuda.set_per_process_memory_fraction(room * hardware.GIB / torch.cuda.get_device_properties(0).total_memory)
     with patch.object(hardware, "free_gib", lambda _: room), driver_peak() as seen:
-        told = train_ours.time_training(reference(model), data / "packs.arrow", device, "auto", STEPS, WINDOWS)
+        told = train_ours.time_training(reference(model), data / "packs.arrow", device, bench_config("auto", STEPS, WINDOWS))
     reserved = round(torch.cuda.max_memory_reserved() / hardware.GIB, 3)
     return {"cap_gib": float(gib), "reserved_gib": reserved, "driver_gib": round(max(seen) / hardware.GIB, 3), **told}
 

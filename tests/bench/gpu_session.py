@@ -1,6 +1,6 @@
 """The document's job on one GPU, measured: all of it in one go, or phase by phase, without network; results as JSON.
 
-usage: python -m tests.bench.gpu_session CARRIED WORK RESULTS [--phases setup,timing,...] [--rehearse]
+usage: python -m tests.bench.gpu_session CARRIED WORK RESULTS [--phases setup,timing,...] [--devices N] [--rehearse]
 
 All phases run unless some are named. Phases with a plus between them run at the same time, which times nothing but all of
 them. Two sessions on one WORK, after its setup, may run on a GPU each (CUDA_VISIBLE_DEVICES), with results of their own.
@@ -17,6 +17,7 @@ written all the while, so that a killed session keeps what it has measured.
     alone      SmolLM2-135M: seconds of as-written and of fast with nothing else on the GPU
     versions   the same losses by each Unsloth in CARRIED/unsloth-VERSION (pip install --target)
     speed, profile, attention, correct, capped       the fast backend: tests/bench/gpu_fast.py
+    devices, devices-fp8, devices-plain, devices-hf  one training on N GPUs, else all: tests/bench/gpu_devices.py
     tests      pytest -m gpu
 
 --rehearse does all of it on a CPU with a tiny model: it shows that the script runs, and measures nothing.
@@ -42,8 +43,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from flows.running.gpus import visible_gpus
 from tasks.caching import files
-from tests.bench import gpu_fast
+from tests.bench import gpu_devices, gpu_fast
 from tests.bench.gpu_handover import both_deployed
 from tests.bench.gpu_prepare import grow
 from tests.bench.gpu_small import alone, small, versions
@@ -85,6 +87,8 @@ class Session:
     carried: Path
     work: Path
     rehearse: bool
+    devices: int = 1
+    """GPUs that one training may use."""
 
     @property
     def device(self) -> str:
@@ -173,6 +177,7 @@ PHASES: dict[str, Callable[[Session, dict[str, Any]], None]] = {
     "small": small,
     "versions": versions,
     **gpu_fast.PHASES,
+    **gpu_devices.PHASES,
     "tests": gpu_tests,
 }
 
@@ -251,10 +256,11 @@ def main() -> None:
     parser.add_argument(
         "--phases", default="setup,timing,steps,speed,capped,alone,small+versions+tests+correct,deployed,attention,profile"
     )
+    parser.add_argument("--devices", type=int, default=max(2, len(visible_gpus())), help="of the phase devices")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
     groups = [group.split("+") for group in options.phases.split(",")]
-    session = Session(options.carried.resolve(), options.work.resolve(), options.rehearse)
+    session = Session(options.carried.resolve(), options.work.resolve(), options.rehearse, options.devices)
     results = json.loads(options.results.read_text()) if options.results.is_file() else {}
     results |= {"machine": machine(session)}
     with kept(results, options.results):

@@ -483,7 +483,7 @@ def test_the_bench_measures_on_one_gpu_of_several_and_holds_it(
     def measured(*_: Any) -> dict[str, Any]:
         seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
         with pytest.raises(gpus.Timeout):
-            gpus._lock_of(gpus.list_gpus()[0]).acquire(timeout=0)
+            gpus._lock_of(gpus.list_gpus()[0].uuid).acquire(timeout=0)
         return {}
 
     monkeypatch.setattr(bench, "_bench", measured)
