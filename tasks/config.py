@@ -433,7 +433,7 @@ class Recipe(Section):
             ),
             (
                 tune.devices != 1 and tune.backend == "unsloth",
-                "finetune.devices needs finetune.backend=fast or hf: Unsloth trains on one GPU; set it to 1",
+                "finetune.devices needs finetune.backend=fast or hf, for Unsloth trains on one GPU: set it to 1",
             ),
             (
                 tune.devices != 1 and tune.lora.dropout > 0,
@@ -441,8 +441,8 @@ class Recipe(Section):
             ),
             (
                 tune.devices != "auto" and tune.devices > tune.step_rows,
-                f"finetune.devices={tune.devices} exceeds the rows of a step, batch_size times gradient_accumulation "
-                f"({tune.step_rows}); raise finetune.gradient_accumulation",
+                f"finetune.devices={tune.devices} exceeds the rows of a step, which batch_size times gradient_accumulation makes "
+                f"{tune.step_rows}",
             ),
             (
                 tune.max_steps is not None and tune.warmup_steps > tune.max_steps,

@@ -106,6 +106,32 @@ def test_a_password_in_a_url_is_refused_and_not_shown(recipe: Path, override: st
     assert "s3cret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides", "said"),
+    [
+        (
+            "default",
+            ["devices=2"],
+            "finetune.devices needs finetune.backend=fast or hf, for Unsloth trains on one GPU: set it to 1",
+        ),
+        (
+            "demo",
+            ["devices=2", "lora.dropout=0.1"],
+            "finetune.devices needs finetune.lora.dropout=0: what is dropped would depend on their number",
+        ),
+        (
+            "fast",
+            ["devices=4", "gradient_accumulation=3"],
+            "finetune.devices=4 exceeds the rows of a step, which batch_size times gradient_accumulation makes 3",
+        ),
+    ],
+)
+def test_several_devices_are_refused_where_they_cannot_train_what_one_does(name: str, overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(name, [f"finetune.{override}" for override in overrides])
+    assert said in str(caught.value)
+
+
 def test_a_run_ends_only_with_a_stage_that_it_has() -> None:
     check_until("pack", load_recipe("fast", ["ingest.sources=a.json"]))
     with pytest.raises(ConfigError, match=r"until: no such stage in recipe demo: got pack; expected one of catalogue, fetch_"):

@@ -21,8 +21,7 @@ def launch_forked(devices: int, folder: Path) -> None:
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    ranks = [
-        Forked(["-m", "tasks.rank", folder], cwd=PROJECT, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(devices)
-    ]
-    assert [rank.wait() for rank in ranks] == [0] * devices, "\n".join(rank.stderr for rank in ranks)
+    errors = [folder / f"error-{rank}.json" for rank in range(devices)]
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(errors[rank])} for rank in range(devices)]
+    ranks = [Forked(["-m", "tasks.rank", folder], cwd=PROJECT, env=os.environ | shared | one) for one in own]
+    assert [rank.wait() for rank in ranks] == [0] * devices, [error.read_text() for error in errors if error.is_file()]

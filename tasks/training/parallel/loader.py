@@ -79,6 +79,8 @@ def deal_to_ranks(trainer: Any, rank: int, ranks: int) -> None:
 
     trainer.get_train_dataloader = get_train_dataloader
     args.gradient_accumulation_steps = micro_steps(step_rows, args.per_device_train_batch_size, ranks)
+    if args.use_cpu:
+        args._setup_devices = torch.device("cpu")  # for accelerate it is cpu:0, where torch can't load an optimizer to
     _exchange_adapters_only(trainer)
     _keep_one_random_state(trainer, rank)
 

@@ -12,24 +12,30 @@ from typing import IO
 
 import pytest
 
-from flows.running.gpus import held_gpus
+from flows.running import gpus
+from flows.running.gpus import gpus_wanted, held_gpus
+from tasks.config import FinetuneConfig
+from tasks.refs import ConfigError
 from tests.support.checkout import PROJECT
 from tests.support.gpus import H200, SECOND_H200, driver
 
 TRAINS = """
 import sys, time
-from flows.running.gpus import held_gpus
+from flows.running import gpus
+from flows.running.gpus import gpus_wanted, held_gpus
+from tasks.config import FinetuneConfig
+from tasks.refs import ConfigError
 import os
-with held_gpus("cuda"):
+with held_gpus("cuda", int(sys.argv[2])):
     print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
     time.sleep(float(sys.argv[1]))
 """
 
 
 @contextmanager
-def training(env: dict[str, str], seconds: int) -> Iterator[tuple[subprocess.Popen[str], IO[str], IO[str]]]:
-    """A training of that length on the first free GPU, and what it says: the GPU, and whether it waits for one."""
-    command = [sys.executable, "-c", TRAINS, str(seconds)]
+def training(env: dict[str, str], seconds: int, gpus: int = 1) -> Iterator[tuple[subprocess.Popen[str], IO[str], IO[str]]]:
+    """A training of that length on the first free GPUs, and what it says: the GPUs, and whether it waits for them."""
+    command = [sys.executable, "-c", TRAINS, str(seconds), str(gpus)]
     with subprocess.Popen(command, cwd=PROJECT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -69,6 +75,40 @@ def test_training_waits_for_a_gpu_that_another_holds(tmp_path: Path) -> None:
             assert waiting.poll() is None
             holder.kill()
             assert taken.read() == held
+
+
+def test_training_on_two_gpus_takes_both_or_none(tmp_path: Path) -> None:
+    env = host(tmp_path, H200, SECOND_H200)
+    with training(env, 900) as (holder, output, _):
+        output.readline()
+        with training(env, 0, gpus=2) as (waiting, taken, said):
+            assert "waits for 2 GPUs: another training holds GPU 0." in said.readline()
+            assert trained(env) == "GPU-21111111-2222-3333-4444-555555555555\n"  # what the waiting one does not hold
+            assert waiting.poll() is None
+            holder.kill()
+            assert taken.read() == "GPU-11111111-2222-3333-4444-555555555555,GPU-21111111-2222-3333-4444-555555555555\n"
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "list_gpus", lambda: [gpus.Gpu(str(index), f"GPU-{index}", "", "", None) for index in (0, 1)])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_more_gpus_than_there_are_is_refused() -> None:
+    with pytest.raises(ConfigError) as caught, held_gpus("cuda", 3):
+        pass
+    assert str(caught.value) == (
+        "finetune.devices: too few GPUs here: got 3; expected at most 2, or auto. Lower it, or run on a machine with more."
+    )
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(("devices", "accumulation", "wanted"), [(1, 8, 1), ("auto", 8, 2), ("auto", 1, 1), (2, 8, 2)])
+def test_auto_wants_as_many_gpus_as_a_step_has_rows_for(devices: int | str, accumulation: int, wanted: int) -> None:
+    config = FinetuneConfig.model_validate({"devices": devices, "batch_size": 1, "gradient_accumulation": accumulation})
+    assert gpus_wanted(config) == wanted
 
 
 @pytest.mark.parametrize("before", [None, "1"])

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from tasks.refs import Adapter, Artifact, Model
+from tasks.config import FinetuneConfig
+from tasks.finetune import finetune
+from tasks.refs import Model
+from tasks.training.parallel.dealing import deal, micro_steps
 from tasks.training.watch import StepRecord, read_log
 from tests.support.ranks import launch_forked
 from tests.support.tiny import make_tiny_model, tiny_reference, tiny_tokens
-from tests.support.train_tiny import train
+from tests.support.train_tiny import inputs, train
 
 pytestmark = pytest.mark.heavy
 
 THIRTY = {"max_steps": 30, "logging_steps": 5, "save_steps": 10, "learning_rate": 2e-4}
 ROWS = 43
-"""Five steps of eight rows, and one of three: with four devices one has nothing to do."""
+"""Five steps of eight rows, and one of three, in which one of four devices has nothing to do."""
+
+
+class Trained(NamedTuple):
+    records: list[StepRecord]
+    weights: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -33,32 +43,57 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def trained_in(home: Path, monkeypatch: pytest.MonkeyPatch, model: Model, kind: str, **changes: Any) -> Adapter:
+def trained_in(home: Path, monkeypatch: pytest.MonkeyPatch, model: Model, kind: str, **changes: Any) -> Trained:
     """A training under a root of its own, for the number of devices is not in its key."""
     monkeypatch.setenv("AMAZON_FT_HOME", str(home))
-    rows: Artifact = tiny_tokens(3 * ROWS if kind == "packs" else ROWS, kind=kind)
-    return train(model, rows, **THIRTY | changes)
+    rows = tiny_tokens(3 * ROWS if kind == "packs" else ROWS, kind=kind)
+    adapter = train(model, rows, **THIRTY | changes)
+    return Trained(read_log(adapter.log / "train_log.jsonl"), load_file(adapter.data / "adapter_model.safetensors"))
 
 
-def numbers(adapter: Adapter) -> list[StepRecord]:
-    return read_log(adapter.log / "train_log.jsonl")
+def assert_equal(got: Trained, wanted: Trained) -> None:
+    """The same steps and the same adapter, but for what float32 rounds."""
+    for name, bound in (("step", 0.0), ("tokens", 0.0), ("learning_rate", 0.0), ("loss", 1e-6), ("grad_norm", 1e-6)):
+        ours, theirs = ([getattr(record, name) for record in trained.records] for trained in (got, wanted))
+        assert ours == pytest.approx(theirs, rel=bound, abs=bound), name
+    assert got.weights.keys() == wanted.weights.keys()
+    assert max(float(np.abs(got.weights[name] - wanted.weights[name]).max()) for name in wanted.weights) < 1e-6
 
 
-def adapter_off(one: dict[str, Any], other: dict[str, Any]) -> float:
-    assert one.keys() == other.keys()
-    return max(float(np.abs(one[name] - other[name]).max()) for name in one)
-
-
+@pytest.mark.slow("a dozen processes that train")
 @pytest.mark.parametrize(("backend", "kind"), [("hf", "tokens"), ("fast", "packs")])
-def test_any_number_of_devices_trains_what_one_does(
+def test_any_number_of_devices_trains_and_goes_on_as_one_does(
     backend: str, kind: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = trained_in(tmp_path / "1", monkeypatch, model, kind, backend=backend)
-    wanted, weights = numbers(alone), load_file(alone.data / "adapter_model.safetensors")
+    alone = trained_in(tmp_path / "alone", monkeypatch, model, kind, backend=backend)
     for devices in (2, 3, 4):
-        shared = trained_in(tmp_path / str(devices), monkeypatch, model, kind, backend=backend, devices=devices)
-        got = numbers(shared)
-        assert [record.tokens for record in got] == [record.tokens for record in wanted]
-        assert [record.loss for record in got] == pytest.approx([record.loss for record in wanted], rel=1e-6)
-        assert [record.grad_norm for record in got] == pytest.approx([record.grad_norm for record in wanted], abs=1e-6)
-        assert adapter_off(load_file(shared.data / "adapter_model.safetensors"), weights) < 1e-6
+        home = tmp_path / str(devices)
+        assert_equal(trained_in(home, monkeypatch, model, kind, backend=backend, devices=devices), alone)
+    for devices in (1, 3):  # from a checkpoint of four
+        (newest,) = home.glob("work/*/checkpoint-30")
+        (newest / "manifest.json").unlink()
+        assert_equal(trained_in(home, monkeypatch, model, kind, backend=backend, devices=devices), alone)
+        assert sorted(path.name for path in newest.glob("rng*")) == ["rng_state.pth"]
+
+
+def test_the_number_of_devices_is_not_in_the_key(model: Model) -> None:
+    keys = {finetune.key(inputs(model, tiny_tokens(4), devices=devices)) for devices in (1, 2, "auto")}
+    assert len(keys) == 1
+    assert FinetuneConfig().devices == 1
+
+
+@given(st.data(), st.integers(1, 9), st.integers(1, 4))
+def test_every_row_is_dealt_once_and_no_micro_batch_is_too_large(data: st.DataObject, ranks: int, batch_size: int) -> None:
+    costs = data.draw(st.lists(st.floats(1, 1e6), min_size=1, max_size=40))
+    rows = data.draw(st.permutations(range(len(costs))))
+    shares = deal(rows, costs, batch_size, ranks)
+    assert len(shares) == ranks
+    assert {len(share) for share in shares} == {micro_steps(len(rows), batch_size, ranks)}
+    assert sorted(row for share in shares for batch in share for row in batch) == sorted(rows)
+    assert all(len(batch) <= batch_size for share in shares for batch in share)
+
+
+def test_long_rows_are_spread() -> None:
+    costs = [100.0, 90.0, 10.0, 9.0, 8.0, 1.0]
+    loads = [sum(costs[row] for batch in share for row in batch) for share in deal(range(6), costs, 2, 2)]
+    assert loads == [109.0, 109.0]
