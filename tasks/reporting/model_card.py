@@ -57,6 +57,10 @@ answer = model.generate(**inputs, max_new_tokens=128, do_sample=False)[0, inputs
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
 
 
+ORIGINS = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Models whose weights are not the Hub's own, and the Hub's that they were made of: it lists a card below that one."""
+
+
 def model_card(name: str, model: Model, recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """README.md of a saved model."""
     front = yaml.safe_dump(metadata(model, recipe) | index(name, recipe, metrics), sort_keys=True, allow_unicode=True)
@@ -87,7 +91,7 @@ def metadata(model: Model, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The front matter that the Hub reads of a card."""
     known = (licence for part, licence in LICENSES.items() if part in model.name.lower())
     return {
-        "base_model": model.name,
+        "base_model": ORIGINS.get(model.name, model.name),
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "language": ["pt", "en"],

