@@ -90,7 +90,7 @@ def bench_data(
         measured.append(measure_data_side(bench, side, count))
         console.print(_line(measured[-1]), highlight=False)
     size = bench.source.stat().st_size
-    console.print(_table(measured, rows, size))
+    console.print(data_table(measured, rows, size))
     return {
         "rows": rows,
         "conversations": bench.conversations,
@@ -156,10 +156,11 @@ def _line(entry: Measured) -> str:
     return f"{entry.side}, {entry.turns} turn{'s' * (entry.turns > 1)}: {took} ({steps})"
 
 
-def _table(measured: list[Measured], rows: int, size: int) -> Table:
+def data_table(measured: list[Measured], rows: int, size: int) -> Table:
+    """A row for each side and number of turns: seconds, speed, memory, and how many times as fast as the document."""
     compared = {"document / ours": data_speedups(measured), "as written / ours": data_speedups(measured, AS_WRITTEN)}
     shown = {name: found for name, found in compared.items() if found}
-    table = Table("", "turns", "s", "rows/s", "MB/s", "RSS", "anonymous", *shown)
+    table = Table("", "turns", "s", "rows/s", "MB/s", "RSS", "anonymous", *shown, box=None, pad_edge=False, collapse_padding=True)
     for side, turns in dict.fromkeys((entry.side, entry.turns) for entry in measured):
         entries = [entry for entry in measured if (entry.side, entry.turns) == (side, turns)]
         seconds = statistics.median(_seconds(measured, side, turns))

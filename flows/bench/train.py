@@ -131,7 +131,7 @@ def device_speedups(measured: dict[str, Any]) -> dict[str, float]:
 def speed_table(measured: dict[str, Any]) -> Table:
     """A row for each side: speed, share of the limit, memory, time to the first step."""
     ratio = training_speedups(measured)
-    shown = Table("", "tokens/s", "of the bf16 matmul limit", "peak memory", "to the first step", "times the document")
+    shown = Table("", "tokens/s", "of the bf16 matmul limit", "peak memory", "to the first step", "times the document", box=None)
     for side, found in measured.items():
         cells = [
             f"{found['tokens_per_second']:,.0f}",
