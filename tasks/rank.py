@@ -17,7 +17,9 @@ from pydantic import TypeAdapter
 
 from tasks.caching.context import observing
 from tasks.caching.events import Event, StepsLogged
+from tasks.caching.files import space_checked
 from tasks.finetune import load_backend
+from tasks.refs import home
 from tasks.training.backend import Job
 from tasks.training.inference.scoring import PARENT_DEATH_SIGNAL
 from tasks.training.memory import training_errors_explained
@@ -47,7 +49,8 @@ def train_rank(folder: Path) -> None:
     import torch.distributed as dist
 
     job, rank = read_job(folder), os.environ["RANK"]
-    with observing(*([PassedOn(folder / TOLD)] if rank == "0" else [])), training_errors_explained(job):
+    told = observing(*([PassedOn(folder / TOLD)] if rank == "0" else []))
+    with told, space_checked(home()), training_errors_explained(job):
         peak = load_backend(job.config.backend).train(job)
     (folder / f"peak-{rank}.json").write_text(json.dumps(peak))
     dist.destroy_process_group()

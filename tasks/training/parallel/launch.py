@@ -43,6 +43,10 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """Signals that torchrun's agent takes over. Source: torch/distributed/launcher/api.py, LaunchConfig.signals_to_handle."""
 LOST_PEER = ("Connection", "NCCL", "nccl", "Gloo", "gloo")
 """Words of a library's error when another process is gone."""
+LATE_SIGNALS = {"SIGABRT": 3, "SIGTERM": 4}
+"""How much weight a signal has that also comes when another process is gone: from NCCL, and from torchrun's agent."""
+AT_ONCE_SECONDS = 5
+"""Of processes that ended so soon after the first, each may have begun it; the agent kills what is left after 30."""
 ERRORS: Mapping[str, type[PipelineError]] = {
     kind.__name__: kind for kind in (PipelineError, ConfigError, InputError, NoSpaceError, DivergedError)
 }
@@ -61,7 +65,9 @@ def train_on(devices: int, job: Job) -> float:
     logger.info("finetune trains on %d devices.", devices)
     with _passing_on(folder / TOLD):
         start_ranks(devices, job, folder)
-    return max(json.loads(peak.read_bytes()) for peak in folder.glob("peak-*.json"))
+    peaks = [json.loads((folder / f"peak-{rank}.json").read_bytes()) for rank in range(devices)]
+    logger.info("finetune used at most %s GiB on its devices.", ", ".join(f"{peak:.1f}" for peak in peaks))
+    return max(peaks)
 
 
 def start_ranks(devices: int, job: Job, folder: Path) -> None:
@@ -112,6 +118,8 @@ class Reason:
     kind: str
     """The error's class, or the signal's name."""
     text: str
+    at: int
+    """Seconds of the clock."""
     weight: int
     """The less, the more likely it is what began it: our own errors, a kill, others, those that tell of a lost process."""
 
@@ -119,17 +127,20 @@ class Reason:
     def of(cls, failure: Any) -> Reason:
         """Of torchrun's ProcessFailure."""
         if failure.exitcode < 0:
-            told_to_end = failure.exitcode == -signal.SIGTERM
-            return cls(failure.signal_name(), "", 4 if told_to_end else 1)
+            return cls(name := failure.signal_name(), "", failure.timestamp, LATE_SIGNALS.get(name, 1))
         if isinstance(failure.message, str):
-            return cls(f"exit code {failure.exitcode}", "", 3)
+            return cls(f"exit code {failure.exitcode}", "", failure.timestamp, 3)
         kind, _, text = failure.message["message"].partition(": ")
-        return cls(kind, text, 0 if kind in ERRORS else 3 if any(word in text for word in LOST_PEER) else 2)
+        lost = any(word in text for word in LOST_PEER)
+        return cls(kind, text, failure.timestamp, 0 if kind in ERRORS else 3 if lost else 2)
 
 
 def explain(job: Job, folder: Path, devices: int, reasons: Mapping[int, Reason]) -> PipelineError:
-    """The error of a training, by the process whose end began it: one that lost another fails too."""
-    rank, reason = min(reasons.items(), key=lambda item: item[1].weight)
+    """The error of a training, by the process whose end began it: one that lost another fails too, or is killed in the end."""
+    latest = min(reason.at for reason in reasons.values()) + AT_ONCE_SECONDS
+    rank, reason = min(
+        ((rank, reason) for rank, reason in reasons.items() if reason.at <= latest), key=lambda item: item[1].weight
+    )
     if reason.kind == DivergedError.__name__:
         return DivergedError(reason.text)  # of the whole step
     where = f"process {rank} of {devices}"

@@ -8,10 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from itertools import islice
 from typing import Any
 
 from tasks.training.watch import StepRecord
+
+HANGS_AFTER = timedelta(minutes=10)
+"""How long the others wait for a process, which may compile or write a checkpoint, before they give the training up."""
 
 
 class Alone:
@@ -47,7 +51,7 @@ class Peers:
         import torch.distributed as dist
 
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=HANGS_AFTER)
 
     @property
     def is_first(self) -> bool:

@@ -142,6 +142,10 @@ def test_a_process_that_lost_another_is_not_the_reason(tmp_path: Path, model: Mo
     assert str(full) == "finetune: out of memory on H100: got 80 GiB. That was process 1 of 2."
     for reason, got in ((failure(1, -9), "SIGKILL"), (failure(1, 1, KeyError("uids")), "KeyError: 'uids'")):
         assert str(told(failure(0, 1, lost), reason)).startswith(f"finetune: process 1 of 2 ended early: got {got}; expected it")
+    late = failure(0, -9)
+    late.timestamp += 30  # by the agent, for it did not end when it was told to
+    assert str(told(late, failure(1, 1, lost))).startswith("finetune: process 1 of 2 ended early: got RuntimeError: [gloo")
+    assert str(told(failure(0, -6), failure(1, -9))).startswith("finetune: process 1 of 2 ended early: got SIGKILL; expected")
     assert str(told(failure(0, -15), failure(1, 3))).startswith("finetune: process 1 of 2 ended early: got exit code 3; expected")
 
 
