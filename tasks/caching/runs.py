@@ -25,7 +25,7 @@ class Run:
     """To filter runs by in the UI; all but the first make the title."""
     started: float = field(default_factory=time.time)
     stages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """One entry a stage call: name, key, code, inputs, state, reason, rows, seconds, digest, path."""
+    """One entry a stage call: name, key, code, inputs, sizes, state, reason, rows, seconds, digest, path."""
     artifacts: list[str] = field(default_factory=list[str])
     """KIND/DIGEST of every artifact that the run was handed or published."""
     verdict: dict[str, Any] | None = None

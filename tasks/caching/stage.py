@@ -30,7 +30,7 @@ from tasks.caching.context import context, tell, within
 from tasks.caching.events import StageBegan, StageEnded
 from tasks.caching.files import space_checked
 from tasks.caching.identity import canonical, code_digests, remember_code, stage_key
-from tasks.caching.plans import Plan, Step, Unknown, changes, code_changes, last_entry
+from tasks.caching.plans import GivenInputs, Plan, Step, Unknown, changes, code_changes, last_entry, sizes
 from tasks.caching.store import Missing, artifacts_of, check
 from tasks.refs import Artifact, Lineage, PipelineError, StageRecord, home
 
@@ -301,6 +301,7 @@ class Stage(Generic[P, R]):
     def _entry(self, call: Call[R]) -> dict[str, Any]:
         """The entry in the run's record for a call that is about to be made."""
         entry: dict[str, Any] = {"name": self.name, "key": call.key, "code": call.code, "inputs": call.counted}
+        entry["sizes"] = sizes("", dict(call.inputs))
         if call.made is None:
             entry |= {"state": "running", "reason": self._explain(call)}
             logger.info("%s runs: %s", self.name, entry["reason"])
@@ -346,7 +347,8 @@ class Stage(Generic[P, R]):
             return "first run"
         if before["key"] == call.key:
             return "did not finish last time"
-        differences = [*code_changes(before["code"], call.code), *changes("", before["inputs"], call.counted)]
+        old, new = GivenInputs(before["inputs"], before.get("sizes", {})), GivenInputs(call.counted, sizes("", dict(call.inputs)))
+        differences = [*code_changes(before["code"], call.code), *changes(old, new)]
         return "; ".join(differences) or "stage version or modules changed"
 
 

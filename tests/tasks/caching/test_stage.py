@@ -17,7 +17,7 @@ from tasks.caching.engine import PrefectEngine
 from tasks.caching.plans import Plan
 from tasks.caching.stage import Made, OnlyServed, StageReached, lineage
 from tasks.config import SampleConfig
-from tasks.refs import InputError, PipelineError
+from tasks.refs import Artifact, InputError, PipelineError, Products
 from tests.support import toy
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -87,6 +87,23 @@ def test_changed_input_is_named_with_both_values() -> None:
     run()
     assert reasons(plan(rows=5)) == [("run", "config.rows 2 -> 5"), ("unknown", "unknown until read")]
     assert next(entry["reason"] for entry in run(rows=5)) == "config.rows 2 -> 5"
+
+
+def test_changed_data_is_told_by_its_name_and_growth() -> None:
+    run("abc")
+    run("abc", rows=5)
+    assert reasons(plan("abcd", rows=5))[0] == ("run", 'text "abc" -> "abcd"')
+    more = Products(data=Artifact(kind="products", digest="d" * 64, rows=1300))
+    with planning("toy") as found:
+        toy.count(more)
+    assert reasons(found) == [("run", "products changed (1,295 rows more); resumable from step 3")]
+
+
+def test_first_run_of_a_recipe_is_compared_with_no_other_recipes() -> None:
+    run("abc")
+    with planning("other") as found:
+        story("def", 5)
+    assert reasons(found)[0] == ("run", "first run")
 
 
 def test_stage_below_stays_cached_when_the_bytes_come_out_equal() -> None:
