@@ -19,12 +19,15 @@ from tasks.ingest import ingest
 from tasks.join import join
 from tasks.model import base_model
 from tasks.pack import pack
+from tasks.reading.columns import FIELDS
+from tasks.reading.files.blocks import check_files
 from tasks.reading.sources import locate_source
 from tasks.refs import Adapter, Evaluation, HeldOut, Prepared, Products, SavedModel, Shards, Source
 from tasks.sample import sample
 from tasks.save import save
 from tasks.sharegpt import sharegpt
 from tasks.template import template
+from tasks.text.merged_prompt import prompt_columns
 from tasks.tokenize import tokenize
 
 Tuned = tuple[Adapter, Evaluation]
@@ -53,8 +56,11 @@ def pipeline(recipe: Recipe, tune_there: Callable[[Recipe, Prepared], Tuned] = t
     """
     with within(verify=recipe.cache.verify):
         source = catalogue(recipe.catalogue) if recipe.catalogue else locate_source(recipe.ingest.sources)
+        extra = extra_columns(recipe)
+        if recipe.catalogue is None:
+            check_files(source, recipe.ingest, extra)
         model = base_model(recipe.model)
-        products = read_products(source, recipe.ingest)
+        products = read_products(source, recipe.ingest, extra)
         split = sample(products, recipe.sample)
         conversations = sharegpt(split, recipe.sharegpt)
         texts = template(conversations, model.tokenizer.special, recipe.template)
@@ -76,16 +82,25 @@ def plan_run(recipe: Recipe, until: str | None = None) -> Plan:
     return found
 
 
-def read_products(source: Source, config: IngestConfig) -> Products:
+def extra_columns(recipe: Recipe) -> tuple[str, ...]:
+    """The columns that the merged prompt names beside a product's own.
+
+    Raises:
+        ConfigError: for a prompt that is none.
+    """
+    return tuple(name for name in prompt_columns(recipe.sharegpt.merged_prompt) if name not in FIELDS)
+
+
+def read_products(source: Source, config: IngestConfig, extra: tuple[str, ...] = ()) -> Products:
     """The products of all files: to the byte those of reading them as one.
 
     Of four files, adding a fifth runs one `ingest`, and `join`. On a cluster (a Dask or Ray task runner) all files are read
     at once.
     """
     if isinstance(source, Unknown) or len(source.files) == 1:  # pyright: ignore[reportUnnecessaryIsInstance]  # while planning
-        return ingest(source, config)
+        return ingest(source, config, extra)
     files = [Source(files=(file,), is_shard=True, artifact=source.artifact) for file in source.files]
-    parts = ingest.each(*((file, config) for file in files))
+    parts = ingest.each(*((file, config, extra) for file in files))
     unknown = next((part for part in cast("list[object]", parts) if isinstance(part, Unknown)), None)
     products = join(cast("Shards", unknown) if unknown else gather_shards(parts), config)
     ingest.reached()

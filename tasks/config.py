@@ -9,6 +9,7 @@ Source of the default values: the document's recipe (README.md, "The recipe"), i
 
 from __future__ import annotations
 
+import codecs
 import re
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -67,6 +68,13 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 def aside(default: Any = ..., **constraints: Any) -> Any:
     """A field that says how or where, not what: it never reruns a stage."""
     return Field(default=default, json_schema_extra={"aside": True}, **constraints)
+
+
+def _encoding(name: str) -> str:
+    try:
+        return codecs.lookup(name).name
+    except LookupError:
+        raise ValueError("an encoding that Python knows, such as utf-8, cp1252 or latin-1") from None
 
 
 def _listed(value: Any) -> Any:
@@ -136,11 +144,34 @@ class ModelConfig(WeightsConfig):
         return WeightsConfig(load_in_4bit=self.load_in_4bit, dtype=self.dtype)
 
 
+class ColumnsConfig(Section):
+    """Which columns of the sources a product is made of; a merged prompt may name others by their own names."""
+
+    uid: NonEmpty | None = None
+    """Null: `uid` if it is there; a row without one is known by a digest of its texts."""
+    title: NonEmpty = "title"
+    content: NonEmpty = "content"
+
+
+class CsvConfig(Section):
+    """How delimited text is written."""
+
+    delimiter: Annotated[str, StringConstraints(min_length=1, max_length=1)] | None = None
+    """Null: whichever of comma, semicolon, tab and bar fits the first lines."""
+    quote: Annotated[str, StringConstraints(min_length=1, max_length=1)] | None = '"'
+    """Null: quotes are text."""
+    encoding: Annotated[str, AfterValidator(_encoding)] | None = None
+    """Null: UTF-8, or UTF-16 where a byte order mark says so; such as cp1252 for what Windows programs wrote."""
+
+
 class IngestConfig(Section):
-    """JSON lines to Arrow."""
+    """Files of rows to Arrow."""
 
     sources: Annotated[tuple[Address, ...], BeforeValidator(_listed)] = aside(())
-    """Paths, globs or fsspec URLs of .json, .jsonl, .gz, .zst or the distributed .zip. They count by content."""
+    """Paths, globs or fsspec URLs of JSON lines, JSON arrays, CSV, TSV, Parquet, Arrow IPC, each plain, .gz, .zst or in a .zip;
+    directories of `datasets`; hf://datasets/OWNER/NAME/... They count by content."""
+    columns: ColumnsConfig = ColumnsConfig()
+    csv: CsvConfig = CsvConfig()
     on_bad_row: Literal["fail", "quarantine"] = "fail"
     """`fail` stops at the first bad line; `quarantine` sets bad lines aside, up to `max_bad_share`."""
     max_bad_share: Share = 0.01

@@ -1,4 +1,4 @@
-"""JSON lines to clean, distinct products in Arrow.
+"""Rows of files to clean, distinct products in Arrow.
 
     {"uid": "7", "title": "Pan &amp; Lid", "content": "Cast iron.", ...}  ->  ("7", "Pan & Lid", "Cast iron.")
 
@@ -22,10 +22,11 @@ from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.config import IngestConfig
 from tasks.reading.cleaning import clean, drop_empty, hash_texts
+from tasks.reading.columns import Wanted, product_schema, wanted_columns
 from tasks.reading.counts import LineCounts, check_kept, check_rejected
 from tasks.reading.distinct import Distinct, Hashes
-from tasks.reading.formats import read_blocks
-from tasks.reading.rows import LineBlock, Reject, product_schema, read_block
+from tasks.reading.files.blocks import Block, parse_block, read_blocks
+from tasks.reading.rows import Reject
 from tasks.refs import InputError, Products, Source
 from tasks.tables.arrow import write_table
 from tasks.tables.progress import metered
@@ -39,7 +40,7 @@ class Piece(NamedTuple):
     """A block, and where it comes from."""
 
     file: str
-    block: LineBlock
+    block: Block
     done: float
     """Share of all input that has been read."""
 
@@ -56,26 +57,26 @@ class Cleaned(NamedTuple):
     rejects: list[Reject]
 
 
-def read_pieces(source: Source, config: IngestConfig) -> Generator[Piece]:
+def read_pieces(source: Source, config: IngestConfig, wanted: Wanted) -> Generator[Piece]:
     """The blocks of all files, in order."""
     total, before = max(sum(file.size_bytes for file in source.files), 1), 0
     for file in source.files:
         path = Path(file.url)
-        for block, share in read_blocks(path, file.digest[:8], config):
+        for block, share in read_blocks(path, config, wanted):
             yield Piece(path.name, block, (before + share * file.size_bytes) / total)
         before += file.size_bytes
         if file_digest(path) != file.digest:
             raise InputError(f"{path.name}: changed while it was read; expected a file that stays as it is. Run again.")
 
 
-def clean_piece(piece: Piece, config: IngestConfig) -> Cleaned:
+def clean_piece(piece: Piece, config: IngestConfig, wanted: Wanted) -> Cleaned:
     """Parse and clean a block; duplicates are for later, they need the order."""
     import polars as pl
 
-    rows = read_block(piece.block, config.max_line_bytes)
+    rows = parse_block(piece.block, piece.file, config, wanted)
     frame, dropped = drop_empty(clean(pl.DataFrame(rows.table), config), config)
     dropped["blank line"] = rows.blank
-    table = frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(product_schema())
+    table = frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(rows.table.schema)
     return Cleaned(piece.file, piece.done, table, hash_texts(frame), rows.lines, Counter(dropped), rows.rejects)
 
 
@@ -93,16 +94,17 @@ def kept_tables(pieces: Iterable[Cleaned], config: IngestConfig, counts: LineCou
 
 
 @stage(version=1)
-def ingest(source: Source, config: IngestConfig) -> Products:
-    """Read, check, clean and de-duplicate the product lines."""
+def ingest(source: Source, config: IngestConfig, extra_columns: tuple[str, ...] = ()) -> Products:
+    """Read, check, clean and de-duplicate the rows; `extra_columns` are kept beside uid, title and content."""
+    wanted = wanted_columns(config, extra_columns)
     need_bytes = sum(file.size_bytes for file in source.files) // 2
     with publish("products", need_bytes=need_bytes) as draft:
         with ExitStack() as stack:
             counts = LineCounts(config, stack)
-            pieces = stack.enter_context(closing(read_pieces(source, config)))
-            cleaned = stack.enter_context(closing(in_order(partial(clean_piece, config=config), pieces)))
+            pieces = stack.enter_context(closing(read_pieces(source, config, wanted)))
+            cleaned = stack.enter_context(closing(in_order(partial(clean_piece, config=config, wanted=wanted), pieces)))
             tables = kept_tables(cleaned, config, counts, Distinct(draft.path))
-            draft.rows = write_table(draft / "products.arrow", product_schema(), fixed_batches(tables))
+            draft.rows = write_table(draft / "products.arrow", product_schema(extra_columns), fixed_batches(tables))
         rejects = counts.rejects
         if not source.is_shard:
             check_rejected([rejects] if rejects else [], counts.lines, config)

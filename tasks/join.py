@@ -17,7 +17,6 @@ from tasks.config import IngestConfig
 from tasks.reading.cleaning import hash_texts
 from tasks.reading.counts import REJECTS, check_kept, check_rejected
 from tasks.reading.distinct import Distinct, Hashes
-from tasks.reading.rows import product_schema
 from tasks.refs import Artifact, Products, Shards
 from tasks.tables.arrow import read_table, write_table
 from tasks.tables.progress import counted
@@ -76,7 +75,8 @@ def join(shards: Shards, config: IngestConfig) -> Products:
     dropped, rows = Counter(shards.dropped), sum(part.rows for part in shards.data)
     with publish("products", need_bytes=sum(part.size_bytes for part in shards.data)) as draft:
         tables = _tables(shards, Distinct(draft.path) if config.drop_duplicates else None, dropped)
-        draft.rows = write_table(draft / FILE, product_schema(), counted("join", fixed_batches(tables), rows))
+        schema = read_table(shards.data[0] / FILE).schema
+        draft.rows = write_table(draft / FILE, schema, counted("join", fixed_batches(tables), rows))
         check_kept(draft.rows, shards.lines, dropped)
     rejects = _join_rejects(shards.rejects)
     return Products(data=draft.artifact, rejects=rejects, lines=shards.lines, dropped=dict(sorted((+dropped).items())))

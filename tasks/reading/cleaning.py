@@ -29,13 +29,13 @@ MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 def clean(frame: pl.DataFrame, config: IngestConfig) -> pl.DataFrame:
-    r"""The frame with the chosen rules applied to titles and contents.
+    r"""The frame with the chosen rules applied to every column but the uids.
 
     >>> import polars as pl
     >>> clean(pl.DataFrame({"title": ["R&amp;D"], "content": ["\x93Judith Kerr&#8217;s\x94"]}), IngestConfig()).row(0)
     ('R&D', '“Judith Kerr’s”')
     """
-    for name in ("title", "content"):
+    for name in (name for name in frame.columns if name != "uid"):
         texts = frame[name]
         if config.decode_entities:
             texts = decode_references(texts)
@@ -85,9 +85,14 @@ def drop_empty(frame: pl.DataFrame, config: IngestConfig) -> tuple[pl.DataFrame,
 
 
 def hash_texts(frame: pl.DataFrame) -> Hashes:
-    """128 bits for each row's title and content; equal in one process only."""
-    title, content = frame["title"], frame["content"]
-    halves = [title.hash(seed).to_numpy() * MIX + content.hash(seed + 1).to_numpy() for seed in (1, 3)]
+    """128 bits for each row's texts; equal in one process only."""
+    first, *others = (frame[name] for name in frame.columns if name != "uid")
+    halves: list[Hashes] = []
+    for seed in (1, 3):
+        half = first.hash(seed).to_numpy()
+        for column in others:
+            half = half * MIX + column.hash(seed + 1).to_numpy()
+        halves.append(half)
     return np.stack(halves)
 
 

@@ -40,13 +40,13 @@ class LineCounts:
         """
         if self.config.on_bad_row == "fail":
             raise InputError(
-                f"{file} line {reject.line}: {reject.reason}. Set ingest.on_bad_row=quarantine to set such rows aside."
+                f"{file} {reject.unit} {reject.line}: {reject.reason}. Set ingest.on_bad_row=quarantine to set such rows aside."
             )
         if self.draft is None or self.file is None:
             self.draft = self.stack.enter_context(publish("rejects"))
             self.file = self.stack.enter_context((self.draft / REJECTS).open("w", encoding="utf-8"))
         self.draft.rows += 1
-        told = {"file": file, "line": reject.line, "reason": reject.reason} | _as_json(reject.raw)
+        told = {"file": file, reject.unit: reject.line, "reason": reject.reason} | _as_json(reject.raw)
         json.dump(told, self.file, ensure_ascii=False)
         self.file.write("\n")
 
@@ -84,7 +84,7 @@ def check_rejected(rejects: Iterable[Artifact], lines: int, config: IngestConfig
     held = list(rejects)
     rejected = sum(artifact.rows for artifact in held)
     if rejected > config.max_bad_share * lines:
-        named = (f"{entry['file']} line {entry['line']}: {entry['reason']}" for entry in _entries(held))
+        named = (f"{entry['file']} {_place(entry)}: {entry['reason']}" for entry in _entries(held))
         raise InputError(
             f"ingest: bad lines: got {rejected:,} of {lines:,}; expected at most max_bad_share={config.max_bad_share:.2%}. "
             f"First: {'; '.join(islice(named, EXAMPLES))}. Mend the file or raise ingest.max_bad_share."
@@ -95,3 +95,7 @@ def _entries(rejects: Iterable[Artifact]) -> Iterable[dict[str, str]]:
     for artifact in rejects:
         with (artifact / REJECTS).open(encoding="utf-8") as file:
             yield from map(json.loads, file)
+
+
+def _place(entry: dict[str, str]) -> str:
+    return next(f"{unit} {entry[unit]}" for unit in ("line", "row") if unit in entry)

@@ -1,7 +1,8 @@
 """JSON lines to product tables: a vectorised reader for well-formed blocks, a strict one for all others.
 
 `read_strict` defines what a line means; `read_block` gives the same result, and gives it ten times faster for a block in
-which every line is well-formed. A line is RFC 8259 JSON in UTF-8: an object that holds uid, title and content as strings.
+which every line is well-formed. A line is RFC 8259 JSON in UTF-8: an object that holds the wanted columns, as text or what
+becomes text (columns.py).
 
     blank line (space, tab, CR)        counted, not rejected
     CR before LF, spaces around {}     accepted
@@ -9,26 +10,46 @@ which every line is well-formed. A line is RFC 8259 JSON in UTF-8: an object tha
     a key given twice                  the last one counts; malformed on a line that is too deep for Python's parser
     NaN, Inf, Infinity in further keys accepted, as Python writes them
     control characters in strings      malformed
-    half a surrogate pair              rejected in the three fields
-    uid absent or null                 the line's number, in a file that has no uids at all; else rejected
+    half a surrogate pair              rejected in the wanted columns
+    title or content absent            rejected; null is the empty text
+    uid absent, null or empty          a digest of the row's texts
+    number, true, false                as text; malformed on a line that is too deep for Python's parser
+    list or object in a wanted column  rejected
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from tasks.reading.columns import AS_WRITTEN, NEEDED, Wanted, number_text, with_uids
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FIELDS = ("uid", "title", "content")
 BLANK = b" \t\r"
 INFINITY = re.compile("-?Inf")
 """A spelling that Arrow's parser takes and Python's does not."""
-KINDS = {bool: "a boolean", dict: "an object", list: "a list", float: "a number", type(None): "null"}
+
+
+class Number(str):
+    """A JSON number as it is written."""
+
+    __slots__ = ()
+
+
+KINDS: dict[type, str] = {
+    bool: "a boolean",
+    dict: "an object",
+    list: "a list",
+    Number: "a number",
+    float: "a number",
+    type(None): "null",
+}
 
 
 class LineBlock(NamedTuple):
@@ -37,18 +58,19 @@ class LineBlock(NamedTuple):
     data: bytes
     first_line: int
     """Number of the first line, from 1."""
-    uid_prefix: str | None = None
-    """Set for a file without uids: its rows get this and their line number."""
     line_bytes: int = 0
     """Set when `data` is only the start of one line that is this long."""
+    unit: str = "line"
+    """The word for what is numbered."""
 
 
 class Reject(NamedTuple):
-    """A line set aside."""
+    """A line, or a row of another format, set aside."""
 
     line: int
     reason: str
     raw: bytes
+    unit: str = "line"
 
 
 @dataclass
@@ -56,39 +78,32 @@ class ParsedBlock:
     """The content of a block; every line is a row of the table, a reject or blank."""
 
     table: pa.Table
-    """uid, title, content: string, without nulls, in the order of the lines."""
+    """The wanted columns: string, without nulls, in the order of the lines."""
     lines: int
     blank: int = 0
     rejects: list[Reject] = field(default_factory=list[Reject])
 
 
-def product_schema() -> pa.Schema:
-    """uid, title, content: string."""
-    import pyarrow as pa
-
-    return pa.schema([(name, pa.string()) for name in FIELDS])
-
-
-def read_block(block: LineBlock, max_line_bytes: int) -> ParsedBlock:
+def read_block(block: LineBlock, max_line_bytes: int, wanted: Wanted = AS_WRITTEN) -> ParsedBlock:
     """The block's rows, by the fast reader where it is certain to agree with the strict one."""
-    return _read_fast(block, max_line_bytes) or read_strict(block, max_line_bytes)
+    return _read_fast(block, max_line_bytes, wanted) or read_strict(block, max_line_bytes, wanted)
 
 
-def read_strict(block: LineBlock, max_line_bytes: int) -> ParsedBlock:
+def read_strict(block: LineBlock, max_line_bytes: int, wanted: Wanted = AS_WRITTEN) -> ParsedBlock:
     """The block's rows, line by line."""
-    rows, blank, rejects, lines = list[tuple[str, str, str]](), 0, list[Reject](), 0
+    rows, blank, rejects, lines = list[tuple[str, ...]](), 0, list[Reject](), 0
     for lines, raw in enumerate(_split(block), start=1):
         number, size = block.first_line + lines - 1, block.line_bytes or len(raw)
         try:
             if size > max_line_bytes:
                 raise ValueError(f"line of {size:,} bytes; expected at most max_line_bytes={max_line_bytes:,}")
             if raw.strip(BLANK):
-                rows.append(_product(raw, None if block.uid_prefix is None else f"{block.uid_prefix}{number}"))
+                rows.append(_product(raw, wanted))
             else:
                 blank += 1
         except ValueError as error:
-            rejects.append(Reject(number, str(error), raw[:max_line_bytes]))
-    return ParsedBlock(_table(rows), lines, blank, rejects)
+            rejects.append(Reject(number, str(error), raw[:max_line_bytes], block.unit))
+    return ParsedBlock(_table(rows, wanted), lines, blank, rejects)
 
 
 def _split(block: LineBlock) -> Iterator[bytes]:
@@ -96,68 +111,75 @@ def _split(block: LineBlock) -> Iterator[bytes]:
     return iter(lines[:-1] if not lines[-1] and not block.line_bytes else lines)
 
 
-def _product(raw: bytes, uid: str | None) -> tuple[str, str, str]:
-    """The three fields of a line.
+def _product(raw: bytes, wanted: Wanted) -> tuple[str, ...]:
+    """The wanted columns of a line.
 
-    >>> _product(b'{"uid": "7", "title": "Pan", "content": ""}', None)
-    ('7', 'Pan', '')
+    >>> _product(b'{"uid": "7", "title": "Pan", "content": "", "kg": 1.50}', AS_WRITTEN | {"kg": "kg"})
+    ('7', 'Pan', '', '1.5')
 
     Raises:
         ValueError: saying what is wrong with the line.
     """
-    value = _object(raw)
-    if uid is not None and value.get("uid") is None:
-        value["uid"] = uid
-    for name in FIELDS:
-        if name not in value:
-            raise ValueError(f'missing "{name}"; expected uid, title, content')
-        text = value[name]
-        if not isinstance(text, str):
-            raise ValueError(f'"{name}" is {KINDS[type(text)]}; expected a string')
-        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-            raise ValueError(f'"{name}" holds half a surrogate pair; expected Unicode text')
-    return cast("tuple[str, str, str]", tuple(value[name] for name in FIELDS))
+    value = read_object(raw, wanted)
+    if missing := next((wanted[name] for name in NEEDED if wanted[name] not in value), None):
+        raise ValueError(f'missing "{missing}"; expected {", ".join(wanted.values())}')
+    return tuple(_text(name, value.get(name)) for name in wanted.values())
 
 
-def _object(raw: bytes) -> dict[str, Any]:
+def _text(name: str, value: object) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (Number, float)):
+        return number_text(str(value))
+    if not isinstance(value, str):
+        raise ValueError(f'"{name}" is {KINDS[type(value)]}; expected text')
+    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise ValueError(f'"{name}" holds half a surrogate pair; expected Unicode text')
+    return value
+
+
+def read_object(raw: bytes, wanted: Wanted) -> dict[str, Any]:
+    """A line's object, its numbers as they are written; of one too deep for Python's parser only the wanted columns.
+
+    Raises:
+        ValueError: saying what is wrong with the line.
+    """
     try:
-        value = json.loads(raw.decode(), parse_int=_number, parse_float=_number)
+        value = json.loads(raw.decode(), parse_int=Number, parse_float=Number)
     except UnicodeDecodeError as error:
         raise ValueError(f"invalid UTF-8 at byte {error.start + 1}; expected UTF-8") from None
     except json.JSONDecodeError as error:
         if INFINITY.match(error.doc, error.pos):
-            return _arrow_object(raw)
+            return _arrow_object(raw, wanted)
         raise ValueError(f"malformed JSON at character {error.pos + 1}: {error.msg}; expected one object a line") from None
     except RecursionError:  # deeper than Python's stack; Arrow's parser needs none
-        return _arrow_object(raw)
+        return _arrow_object(raw, wanted)
     if not isinstance(value, dict):
         raise ValueError(f"{KINDS.get(type(value), 'a string')}; expected one object a line")
     return cast("dict[str, Any]", value)
 
 
-def _number(_text: str) -> float:
-    return 0.0
-
-
-def _arrow_object(raw: bytes) -> dict[str, Any]:
-    """The three fields of a line, by the fast reader's parser alone."""
+def _arrow_object(raw: bytes, wanted: Wanted) -> dict[str, Any]:
+    """The wanted columns of a line, by the fast reader's parser alone."""
     import pyarrow as pa
 
     try:
-        [value] = _parse(raw).to_pylist()
+        [value] = _parse(raw, wanted).to_pylist()
     except (pa.ArrowInvalid, ValueError):
         raise ValueError("malformed JSON; expected one object a line") from None
     return {name: text for name, text in value.items() if text is not None}
 
 
-def _table(rows: list[tuple[str, str, str]]) -> pa.Table:
+def _table(rows: list[tuple[str, ...]], wanted: Wanted) -> pa.Table:
     import pyarrow as pa
 
-    columns = zip(*rows, strict=True) if rows else ((), (), ())
-    return pa.table([pa.array(column, pa.string()) for column in columns], schema=product_schema())
+    columns = zip(*rows, strict=True) if rows else ((),) * len(wanted)
+    return with_uids(pa.table([pa.array(column, pa.string()) for column in columns], names=list(wanted)))
 
 
-def _read_fast(block: LineBlock, max_line_bytes: int) -> ParsedBlock | None:
+def _read_fast(block: LineBlock, max_line_bytes: int, wanted: Wanted) -> ParsedBlock | None:
     """The block's rows; None when a line is, or may be, anything but one well-formed product."""
     import pyarrow as pa
 
@@ -165,15 +187,23 @@ def _read_fast(block: LineBlock, max_line_bytes: int) -> ParsedBlock | None:
     if lines is None:
         return None
     try:
-        table = _parse(block.data)
-        if table.num_rows != lines:
+        parsed = _parse(block.data, wanted)
+        if parsed.num_rows != lines or any(parsed[wanted[name]].null_count for name in NEEDED):
             return None
-        if block.uid_prefix is not None:
-            table = _numbered(table, block.uid_prefix, block.first_line)
+        table = pa.table([parsed[theirs] for theirs in wanted.values()], names=list(wanted))
         table.validate(full=True)
     except pa.ArrowInvalid:
         return None
-    return None if any(column.null_count for column in table.columns) else ParsedBlock(table, lines)
+    return ParsedBlock(with_uids(_without_nulls(table)), lines)
+
+
+def _without_nulls(table: pa.Table) -> pa.Table:
+    import pyarrow.compute as pc
+
+    for index, name in enumerate(table.column_names):
+        if name != "uid" and table[name].null_count:
+            table = table.set_column(index, name, pc.fill_null(table[name], ""))
+    return table
 
 
 def _object_lines(block: LineBlock, max_line_bytes: int) -> int | None:
@@ -206,22 +236,13 @@ def _object_lines(block: LineBlock, max_line_bytes: int) -> int | None:
     return len(ends)
 
 
-def _parse(data: bytes) -> pa.Table:
+def _parse(data: bytes, wanted: Wanted) -> pa.Table:
     import pyarrow as pa
     from pyarrow import json as arrow_json
 
+    schema = pa.schema([(name, pa.string()) for name in dict.fromkeys(wanted.values())])
     return arrow_json.read_json(
         pa.BufferReader(data),
         read_options=arrow_json.ReadOptions(use_threads=False, block_size=len(data) + 1),
-        parse_options=arrow_json.ParseOptions(explicit_schema=product_schema(), unexpected_field_behavior="ignore"),
+        parse_options=arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
     )
-
-
-def _numbered(table: pa.Table, prefix: str, first_line: int) -> pa.Table:
-    """The table with the line's number for every uid that is null."""
-    import pyarrow as pa
-    from pyarrow import compute
-
-    numbers = pa.array(range(first_line, first_line + table.num_rows)).cast(pa.string())
-    uids = compute.call_function("binary_join_element_wise", [pa.scalar(prefix), numbers, ""])
-    return table.set_column(0, "uid", compute.call_function("coalesce", [table["uid"], uids]))

@@ -37,12 +37,29 @@ class PromptBlock:
     gate: Column | None = None
 
 
-def parse_merged_prompt(merged_prompt: str, columns: Sequence[str]) -> tuple[PromptBlock, ...]:
+def prompt_columns(merged_prompt: str) -> tuple[str, ...]:
+    """The columns that a merged prompt names, in its order.
+
+    >>> prompt_columns("{brand}: {title}[[, {color}]] {{x}} {brand}")
+    ('brand', 'title', 'color')
+
+    Raises:
+        ConfigError: as parse_merged_prompt, but for a column of any name.
+    """
+    parts = (part for block in parse_merged_prompt(merged_prompt, None) for part in block.parts)
+    return tuple(dict.fromkeys(part.name for part in parts if isinstance(part, Column)))
+
+
+def parse_merged_prompt(merged_prompt: str, columns: Sequence[str] | None) -> tuple[PromptBlock, ...]:
     """A merged prompt's blocks: text with {column} fields, braces doubled for themselves, `[[optional {column}]]`.
 
     >>> parse_merged_prompt("{{T}} {title}[[, {content}]]", ["title", "content"])  # doctest: +NORMALIZE_WHITESPACE
     (PromptBlock(parts=('{T} ', Column(name='title')), gate=None),
      PromptBlock(parts=(', ', Column(name='content')), gate=Column(name='content')))
+
+    Args:
+        merged_prompt: as described above.
+        columns: those that there are; None for any.
 
     Raises:
         ConfigError: for an unknown column, a stray brace, or an optional block without a column.
@@ -60,7 +77,7 @@ def parse_merged_prompt(merged_prompt: str, columns: Sequence[str]) -> tuple[Pro
     return tuple(block for block in blocks if block.parts)
 
 
-def _fields(text: str, columns: Sequence[str]) -> tuple[str | Column, ...]:
+def _fields(text: str, columns: Sequence[str] | None) -> tuple[str | Column, ...]:
     """A format string's literals and fields; `{lit}` that is no column is refused, `{{lit}}` is the text {lit}."""
     parts: list[str | Column] = []
     try:
@@ -71,19 +88,17 @@ def _fields(text: str, columns: Sequence[str]) -> tuple[str | Column, ...]:
                 parts.append(literal)
             if name is None:
                 continue
-            if name not in columns or spec or conversion:
+            if (columns is not None and name not in columns) or not name or spec or conversion:
                 field = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-                raise _prompt_error(
-                    f"got {{{field}}}; expected one of {_braced(columns)}. Double braces that stand for themselves"
-                )
+                raise _prompt_error(f"got {{{field}}}; expected {_braced(columns)}. Double braces that stand for themselves")
             parts.append(Column(name))
     except ValueError as error:
         raise _prompt_error(f"got {text!r} ({error}); expected paired braces. Double braces that stand for themselves") from error
     return tuple(parts)
 
 
-def _braced(columns: Sequence[str]) -> str:
-    return ", ".join(f"{{{name}}}" for name in columns)
+def _braced(columns: Sequence[str] | None) -> str:
+    return "a column's name" if columns is None else "one of " + ", ".join(f"{{{name}}}" for name in columns)
 
 
 def _prompt_error(what: str) -> ConfigError:

@@ -12,7 +12,7 @@ import pytest
 from tasks.reading.sources import locate_source
 from tasks.refs import InputError
 
-HINT = ". Give paths, globs or URLs of .json, .jsonl, .gz, .zst or .zip files."
+HINT = ". Give paths, globs or URLs of data files, or directories that `datasets` saved."
 
 
 @pytest.fixture

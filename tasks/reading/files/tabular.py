@@ -1,0 +1,176 @@
+"""Delimited text, Parquet and Arrow IPC to record batches of the wanted columns, by pyarrow; and those to product tables.
+
+A row of delimited text with another number of fields than the header is rejected; so is a row of any of them whose text is no
+UTF-8. Rows are numbered from 1, in delimited text by the header.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from tasks.reading.columns import Wanted, to_text, with_uids
+from tasks.reading.files.formats import Dialect, FileFormat
+from tasks.reading.files.packing import ByteStream
+from tasks.reading.rows import ParsedBlock, Reject
+from tasks.refs import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BATCH_ROWS = 4096
+BUFFER_BYTES = 2**20
+
+Choose = Callable[[list[str]], list[str]]
+"""From the columns that are there to those to read; refuses a file that lacks one."""
+
+
+@dataclass
+class RowBlock:
+    """Some rows of a table, with the file's own columns."""
+
+    batch: pa.RecordBatch
+    first_row: int
+    rejects: list[Reject] = field(default_factory=list[Reject])
+    """Rows that are in no batch."""
+
+
+def table_columns(file: ByteStream, found: FileFormat) -> list[str]:
+    """The columns of a Parquet file, an Arrow file or an Arrow stream."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    match found:
+        case FileFormat.PARQUET:
+            return list(pq.read_schema(file).names)
+        case FileFormat.ARROW_FILE:
+            return list(pa.ipc.open_file(pa.PythonFile(file, "r")).schema.names)
+        case _:
+            return list(pa.ipc.open_stream(pa.PythonFile(file, "r")).schema.names)
+
+
+def cut_parquet(file: IO[bytes], choose: Choose) -> Iterator[RowBlock]:
+    """The row groups of a Parquet file, piece by piece."""
+    import pyarrow.parquet as pq
+
+    parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
+    columns = choose(list(parquet.schema_arrow.names))
+    yield from _numbered(parquet.iter_batches(BATCH_ROWS, columns=columns, use_threads=False), columns)
+
+
+def cut_arrow_file(file: IO[bytes], choose: Choose) -> Iterator[RowBlock]:
+    """The record batches of an Arrow IPC file."""
+    import pyarrow as pa
+
+    reader = pa.ipc.open_file(pa.PythonFile(file, "r"))
+    columns = choose(list(reader.schema.names))
+    yield from _numbered((reader.get_batch(number) for number in range(reader.num_record_batches)), columns)
+
+
+def cut_arrow_stream(stream: ByteStream, choose: Choose) -> Iterator[RowBlock]:
+    """The record batches of an Arrow IPC stream, such as a file of the library datasets."""
+    import pyarrow as pa
+
+    reader = pa.ipc.open_stream(pa.PythonFile(stream, "r"))
+    yield from _numbered(reader, choose(list(reader.schema.names)))
+
+
+def _numbered(batches: Iterator[pa.RecordBatch], columns: list[str]) -> Iterator[RowBlock]:
+    first = 1
+    for whole in batches:
+        chosen = whole.select(columns)
+        for start in range(0, whole.num_rows, BATCH_ROWS):
+            batch = _without_dictionaries(chosen.slice(start, BATCH_ROWS))
+            yield RowBlock(batch, first)
+            first += batch.num_rows
+
+
+def _without_dictionaries(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with each value in its place, so that its size is what it holds."""
+    import pyarrow as pa
+
+    batch.validate(full=True)
+    columns = [column.dictionary_decode() if pa.types.is_dictionary(column.type) else column for column in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def cut_delimited(stream: ByteStream, name: str, dialect: Dialect, columns: list[str], max_row_bytes: int) -> Iterator[RowBlock]:
+    """The rows of a delimited text, its fields as bytes.
+
+    Raises:
+        InputError: for a row that is too long, or a text in another encoding than the dialect's.
+    """
+    import pyarrow as pa
+    from pyarrow import csv
+
+    rejects, row = list[Reject](), 2
+
+    def set_aside(bad: Any) -> str:
+        what = f"{bad.actual_columns} fields; expected {bad.expected_columns}, as in the header"
+        rejects.append(Reject(bad.number or 0, what, bad.text.encode("utf-8", "surrogateescape"), "row"))
+        return "skip"
+
+    parse = csv.ParseOptions(
+        delimiter=dialect.delimiter,
+        quote_char=dialect.quote or False,
+        newlines_in_values=dialect.quote is not None,
+        invalid_row_handler=set_aside,
+    )
+    read = csv.ReadOptions(use_threads=False, block_size=max_row_bytes, encoding=dialect.encoding)
+    convert = csv.ConvertOptions(
+        include_columns=columns, column_types=dict.fromkeys(columns, pa.binary()), strings_can_be_null=False
+    )
+    try:
+        with csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert) as reader:
+            for batch in reader:
+                yield RowBlock(batch, row, rejects[:])
+                row += batch.num_rows + len(rejects)
+                rejects.clear()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{name}: got bytes that are no {dialect.encoding} ({error.reason}); expected text. Set ingest.csv.encoding."
+        ) from None
+    except pa.ArrowInvalid as error:
+        if "Empty CSV file" in str(error):
+            return
+        raise InputError(
+            f"{name}: from row {row} on: got {error}; expected rows of at most max_line_bytes={max_row_bytes:,}, each quote "
+            "closed. Mend the file; set ingest.csv.quote=null if its quotes are text."
+        ) from None
+
+
+def table_rows(block: RowBlock, file: str, wanted: Wanted) -> ParsedBlock:
+    """The rows as the wanted columns, in text; those whose bytes are no text are rejected.
+
+    Raises:
+        InputError: for a column that has no text.
+    """
+    import pyarrow as pa
+
+    there, count = set(block.batch.schema.names), block.batch.num_rows
+    texts = {name: to_text(block.batch[name], f"{file}: {name}") for name in dict.fromkeys(wanted.values()) if name in there}
+    empty = pa.array([""] * count, pa.string()) if there < set(wanted.values()) else None
+    table = pa.table({ours: texts[theirs][0] if theirs in texts else empty for ours, theirs in wanted.items()})
+    rejects = list(block.rejects)
+    bad = {name: whole for name, (_, whole) in texts.items() if whole is not None}
+    if bad:
+        whole = np.all([np.asarray(flags) for flags in bad.values()], axis=0)
+        rejects += [_reject(block, row, bad) for row in np.flatnonzero(~whole).tolist()]
+        table = table.filter(pa.array(whole))
+    rejects.sort(key=lambda reject: reject.line)
+    return ParsedBlock(with_uids(table), count + len(block.rejects), 0, rejects)
+
+
+def _reject(block: RowBlock, row: int, bad: dict[str, Any]) -> Reject:
+    name = next(name for name, whole in bad.items() if not whole[row].as_py())
+    raw = {name: repr(value) for name, value in block.batch.slice(row, 1).to_pylist()[0].items()}
+    return Reject(
+        block.first_row + row,
+        f'"{name}" is no UTF-8; expected text, in delimited text by ingest.csv.encoding',
+        json.dumps(raw).encode(),
+        "row",
+    )
