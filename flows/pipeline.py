@@ -20,9 +20,9 @@ from tasks.join import join
 from tasks.model import base_model
 from tasks.pack import pack
 from tasks.reading.columns import FIELDS
-from tasks.reading.files.blocks import check_files
+from tasks.reading.files.blocks import check_files, resolve_kind
 from tasks.reading.sources import locate_source
-from tasks.refs import Adapter, Evaluation, HeldOut, Prepared, Products, SavedModel, Shards, Source
+from tasks.refs import Adapter, Evaluation, HeldOut, Lineage, Prepared, Products, SavedModel, Shards, Source
 from tasks.sample import sample
 from tasks.save import save
 from tasks.sharegpt import sharegpt
@@ -56,14 +56,16 @@ def pipeline(recipe: Recipe, tune_there: Callable[[Recipe, Prepared], Tuned] = t
     """
     with within(verify=recipe.cache.verify):
         source = catalogue(recipe.catalogue) if recipe.catalogue else locate_source(recipe.ingest.sources)
-        extra = extra_columns(recipe)
+        reading, extra = recipe.ingest, extra_columns(recipe)
         if recipe.catalogue is None:
-            check_files(source, recipe.ingest, extra)
+            reading = resolve_kind(source, reading)
+            check_files(source, reading, extra)
         model = base_model(recipe.model)
-        products = read_products(source, recipe.ingest, extra)
+        products = read_products(source, reading, extra)
         split = sample(products, recipe.sample)
         conversations = sharegpt(split, recipe.sharegpt)
-        texts = template(conversations, model.tokenizer.special, recipe.template)
+        own = model.tokenizer.chat_template if recipe.template.source == "model" else None
+        texts = template(conversations, model.tokenizer.special, recipe.template, own)
         tokens = tokenize(texts, model.tokenizer, recipe.tokenize)
         batches = pack(tokens.train, recipe.pack) if recipe.pack else tokens.train
         # unchecked: while planning, what is still to be made is Unknown
@@ -72,7 +74,18 @@ def pipeline(recipe: Recipe, tune_there: Callable[[Recipe, Prepared], Tuned] = t
         )
         prepared = Prepared.model_construct(model=model, batches=batches, held_out=held_out)
         adapter, evaluation = tune_there(recipe, prepared)
-        return save(adapter, evaluation, texts.template, model, model.tokenizer, model.name, recipe.save, lineage())
+        told = with_kind(lineage(), reading)
+        return save(adapter, evaluation, texts.template, model, model.tokenizer, model.name, recipe.save, told)
+
+
+def with_kind(told: Lineage, reading: IngestConfig) -> Lineage:
+    """The lineage with the kind of rows that was found, so that a saved model is asked as it was trained."""
+    ingest = told.recipe.get("ingest")
+    return (
+        told.model_copy(update={"recipe": told.recipe | {"ingest": {**ingest, "kind": reading.kind}}})
+        if isinstance(ingest, dict)
+        else told
+    )
 
 
 def plan_run(recipe: Recipe, until: str | None = None) -> Plan:

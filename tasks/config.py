@@ -164,14 +164,36 @@ class CsvConfig(Section):
     """Null: UTF-8, or UTF-16 where a byte order mark says so; such as cp1252 for what Windows programs wrote."""
 
 
+Unlearnable = Literal["drop", "fail"]
+"""A conversation is left out and counted, or ends the run."""
+
+
+class ConversationsConfig(Section):
+    """Rows that hold conversations: what of them is kept (tasks/reading/conversations.py)."""
+
+    role_order: Unlearnable = "drop"
+    """Roles that are not user and assistant by turns, after at most one system text."""
+    unanswered: Unlearnable = "drop"
+    """The last turn is the user's."""
+    empty_turn: Unlearnable = "drop"
+    tool_calls: Unlearnable = "drop"
+    images: Unlearnable = "drop"
+    """A part of a message that is no text."""
+    system: Literal["keep", "drop"] = "keep"
+    """`drop` leaves system texts out of the conversations that have one."""
+
+
 class IngestConfig(Section):
     """Files of rows to Arrow."""
 
     sources: Annotated[tuple[Address, ...], BeforeValidator(_listed)] = aside(())
     """Paths, globs or fsspec URLs of JSON lines, JSON arrays, CSV, TSV, Parquet, Arrow IPC, each plain, .gz, .zst or in a .zip;
     directories of `datasets`; hf://datasets/OWNER/NAME/... They count by content."""
+    kind: Literal["auto", "products", "messages", "sharegpt", "completion", "alpaca"] = "auto"
+    """The kind of rows. `auto`: products where it has their columns, else the kind of conversation whose columns it has."""
     columns: ColumnsConfig = ColumnsConfig()
     csv: CsvConfig = CsvConfig()
+    conversations: ConversationsConfig = ConversationsConfig()
     on_bad_row: Literal["fail", "quarantine"] = "fail"
     """`fail` stops at the first bad line; `quarantine` sets bad lines aside, up to `max_bad_share`."""
     max_bad_share: Share = 0.01
@@ -179,11 +201,11 @@ class IngestConfig(Section):
     drop_empty_title: bool = True
     drop_empty_content: bool = True
     drop_duplicates: bool = True
-    """Drop rows whose cleaned title and content equal an earlier row's."""
+    """Drop rows whose cleaned texts equal an earlier row's."""
     decode_entities: bool = True
-    """`&#8217;` and `&amp;` to the characters they stand for (html.unescape)."""
+    """`&#8217;` and `&amp;` to the characters they stand for (html.unescape); conversations stay as they are."""
     decode_c1: bool = True
-    """Code points U+0080 to U+009F to the Windows-1252 characters they were meant to be."""
+    """Code points U+0080 to U+009F to the Windows-1252 characters they were meant to be; conversations stay as they are."""
     max_inflation: int = aside(200, ge=1)
     """A compressed file that unpacks to more than so many times its size is refused as a decompression bomb."""
     block_bytes: int = aside(4 * 2**20, ge=2**16, le=2**30)
@@ -204,7 +226,7 @@ class SampleConfig(Section):
 
 
 class SharegptConfig(Section):
-    """Products to conversations, as Unsloth's to_sharegpt and standardize_sharegpt."""
+    """Products to conversations, as Unsloth's to_sharegpt and standardize_sharegpt; rows that are conversations stay."""
 
     merged_prompt: NonEmpty = "Título do produto: {title}"
     """Text with {column} fields and `[[optional {column}]]` blocks."""
@@ -215,8 +237,10 @@ class SharegptConfig(Section):
 
 
 class TemplateConfig(Section):
-    """The document's template language, to a Jinja chat template and to text."""
+    """A chat template, to text and to the Jinja that renders the same."""
 
+    source: Literal["document", "model"] = "document"
+    """`document`: chat_template below; `model`: the base model's own, which takes several turns and a system text."""
     chat_template: NonEmpty = CHAT_TEMPLATE
     """Text with {INPUT} and {OUTPUT}, optionally {SYSTEM} and {question}."""
     system: str | None = None

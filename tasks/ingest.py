@@ -21,11 +21,12 @@ from tasks.caching.files import file_digest
 from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.config import IngestConfig
-from tasks.reading.cleaning import clean, drop_empty, hash_texts
-from tasks.reading.columns import Wanted, product_schema, wanted_columns
+from tasks.reading.cleaning import clean, drop_empty, hash_rows, hash_texts
+from tasks.reading.columns import Wanted, product_schema
+from tasks.reading.conversations import conversation_schema, is_conversations
 from tasks.reading.counts import LineCounts, check_kept, check_rejected
 from tasks.reading.distinct import Distinct, Hashes
-from tasks.reading.files.blocks import Block, parse_block, read_blocks
+from tasks.reading.files.blocks import Block, columns_to_read, parse_block, read_blocks, resolve_kind
 from tasks.reading.rows import Reject
 from tasks.refs import InputError, Products, Source
 from tasks.tables.arrow import write_table
@@ -74,6 +75,9 @@ def clean_piece(piece: Piece, config: IngestConfig, wanted: Wanted) -> Cleaned:
     import polars as pl
 
     rows = parse_block(piece.block, piece.file, config, wanted)
+    if is_conversations(rows.table.schema):
+        dropped = rows.dropped + Counter({"blank line": rows.blank})
+        return Cleaned(piece.file, piece.done, rows.table, hash_rows(rows.table), rows.lines, dropped, rows.rejects)
     frame, dropped = drop_empty(clean(pl.DataFrame(rows.table), config), config)
     dropped["blank line"] = rows.blank
     table = frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(rows.table.schema)
@@ -96,7 +100,9 @@ def kept_tables(pieces: Iterable[Cleaned], config: IngestConfig, counts: LineCou
 @stage(version=1)
 def ingest(source: Source, config: IngestConfig, extra_columns: tuple[str, ...] = ()) -> Products:
     """Read, check, clean and de-duplicate the rows; `extra_columns` are kept beside uid, title and content."""
-    wanted = wanted_columns(config, extra_columns)
+    config = resolve_kind(source, config)
+    wanted = columns_to_read(config, extra_columns)
+    schema = product_schema(extra_columns) if config.kind == "products" else conversation_schema()
     need_bytes = sum(file.size_bytes for file in source.files) // 2
     with publish("products", need_bytes=need_bytes) as draft:
         with ExitStack() as stack:
@@ -104,7 +110,7 @@ def ingest(source: Source, config: IngestConfig, extra_columns: tuple[str, ...] 
             pieces = stack.enter_context(closing(read_pieces(source, config, wanted)))
             cleaned = stack.enter_context(closing(in_order(partial(clean_piece, config=config, wanted=wanted), pieces)))
             tables = kept_tables(cleaned, config, counts, Distinct(draft.path))
-            draft.rows = write_table(draft / "products.arrow", product_schema(extra_columns), fixed_batches(tables))
+            draft.rows = write_table(draft / "products.arrow", schema, fixed_batches(tables))
         rejects = counts.rejects
         if not source.is_shard:
             check_rejected([rejects] if rejects else [], counts.lines, config)

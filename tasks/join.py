@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.config import IngestConfig
-from tasks.reading.cleaning import hash_texts
+from tasks.reading.cleaning import hash_rows
 from tasks.reading.counts import REJECTS, check_kept, check_rejected
 from tasks.reading.distinct import Distinct, Hashes
 from tasks.refs import Artifact, Products, Shards
@@ -30,11 +30,10 @@ FILE = "products.arrow"
 
 def hashed(batch: pa.RecordBatch) -> tuple[pa.Table, Hashes]:
     """A batch and its hashes."""
-    import polars as pl
     import pyarrow as pa
 
     table = pa.Table.from_batches([batch])
-    return table, hash_texts(pl.DataFrame(table))
+    return table, hash_rows(table)
 
 
 def distinct_tables(pairs: Iterable[tuple[pa.Table, Hashes]], seen: Distinct, dropped: Counter[str]) -> Iterator[pa.Table]:

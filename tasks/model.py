@@ -25,7 +25,7 @@ from tasks.caching.files import file_digest
 from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.config import ModelConfig
-from tasks.reading.model_files import TOKENIZER, WEIGHTS, directory_model, read_json, read_special
+from tasks.reading.model_files import TOKENIZER, WEIGHTS, directory_model, read_chat_template, read_json, read_special
 from tasks.refs import InputError, Model, PipelineError, Tokenizer, home
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,9 @@ def hub_model(name: str, revision: str | None) -> Model:
     """
     path = _hub_files(name, revision, [*TOKENIZER, "config.json"])
     commit = path.name
-    tokenizer = Tokenizer(path=str(path), digest=f"hub:{name}@{commit}", special=read_special(path))
+    tokenizer = Tokenizer(
+        path=str(path), digest=f"hub:{name}@{commit}", special=read_special(path), chat_template=read_chat_template(path)
+    )
     return Model(path=str(path), digest=f"hub:{name}@{commit}", name=name, tokenizer=tokenizer)
 
 

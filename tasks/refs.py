@@ -9,14 +9,16 @@ marked `aside` (counts, sizes, side files) do not count when the value is anothe
 
 Files, all Arrow IPC streams that `datasets.Dataset.from_file` maps into memory:
 
-    products.arrow       uid, title, content: string
+    products.arrow       uid, title, content, further columns: string; or uid, system: string, prompts, answers: list<string>
     conversations.arrow  uids: list<string>, products: list<int32>, conversations: list<struct<role, content: string>>
     turns.arrow          uid, prompt, answer: string        (one row a product; conversation i starts with product i)
     texts.arrow          uids: list<string>, products: list<int32>, text: string
     tokens.arrow         uids: list<string>, input_ids, labels: list<int32>
     packs.arrow          uids: list<string>, input_ids, labels, seq_lengths: list<int32>
 
-`products` holds, for each turn, the row number of its product; `labels` is -100 where nothing is learnt.
+Rows that were conversations already have their system text, `system: string`, in conversations.arrow and texts.arrow, and
+turns of their own. `products` holds, for each turn, the row number of its product (its row in
+turns.arrow); `labels` is -100 where nothing is learnt.
 
 Exceptions:
 
@@ -166,6 +168,8 @@ class Tokenizer(Value):
     path: RootedPath = aside()
     digest: str
     special: Special = aside()
+    chat_template: str | None = aside(None)
+    """The model's own, in Jinja."""
 
 
 class Model(Value):

@@ -10,6 +10,8 @@ white space and the Unicode form of its title and content.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import unicodedata
 from collections.abc import Callable, Collection, Iterator
 from itertools import islice
@@ -24,6 +26,7 @@ from tasks.config import SampleConfig
 from tasks.refs import Artifact, InputError, Products, Split
 from tasks.tables.arrow import Gather, Rows, batch_ranges, read_table, write_table
 from tasks.tables.progress import counted
+from tasks.tables.streams import in_order
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,16 +60,44 @@ def normalised(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
+def compared(table: pa.Table) -> pa.Table:
+    """The title and the content by which rows count as equal; of conversations digests of all that is asked and all that is said.
+
+    >>> import pyarrow as pa
+    >>> row = {"uid": "7", "system": "", "prompts": ["Hi  ALL"], "answers": ["Yes."]}
+    >>> compared(pa.Table.from_pylist([row])).equals(compared(pa.Table.from_pylist([row | {"prompts": ["hi all"]}])))
+    True
+    """
+    import pyarrow as pa
+
+    if "prompts" not in table.column_names:
+        return table
+
+    def digests(batch: pa.RecordBatch) -> pa.RecordBatch:
+        asked, said = batch["prompts"].to_pylist(), batch["answers"].to_pylist()
+        asked = ([system, *prompts] for system, prompts in zip(batch["system"].to_pylist(), asked, strict=True))
+        columns = [pa.array(map(_digest, texts), pa.string()) for texts in (asked, said)]
+        return pa.RecordBatch.from_arrays(columns, names=["title", "content"])
+
+    schema = pa.schema({"title": pa.string(), "content": pa.string()})
+    return pa.Table.from_batches(in_order(digests, table.to_batches()), schema)
+
+
+def _digest(texts: list[str]) -> str:
+    return hashlib.sha256(json.dumps([normalised(text) for text in texts]).encode()).hexdigest()
+
+
 def choose_before(table: pa.Table, config: SampleConfig) -> tuple[Rows, Rows]:
     """Rows for training and for evaluation; the latter and their equals leave the pool that the former are drawn from.
 
     Raises:
         InputError: when there are fewer rows than asked for.
     """
-    drawn = draw(table, permutation(table.num_rows, config.eval_seed), config.eval_rows)
+    told = compared(table)
+    drawn = draw(told, permutation(table.num_rows, config.eval_seed), config.eval_rows)
     free = np.ones(table.num_rows, np.bool_)
     free[list(drawn.values())] = False
-    free[[row for row, _ in equal_rows(table, drawn)]] = False
+    free[[row for row, _ in equal_rows(told, drawn)]] = False
     pool = np.flatnonzero(free)
     _enough(
         "sample.rows", config.rows, len(pool), f"{table.num_rows:,} products less {len(drawn):,} for evaluation and their equals"
@@ -84,11 +115,12 @@ def choose_after(table: pa.Table, config: SampleConfig) -> tuple[Rows, Rows]:
     order = permutation(table.num_rows, config.seed)
     trained = np.zeros(table.num_rows, np.bool_)
     trained[order[: config.rows]] = True
+    told = compared(table)
 
     def seen(texts: Collection[Text]) -> set[Text]:
-        return {text for row, text in equal_rows(table, texts) if trained[row]}
+        return {text for row, text in equal_rows(told, texts) if trained[row]}
 
-    drawn = draw(table, order[config.rows :], config.eval_rows, seen)
+    drawn = draw(told, order[config.rows :], config.eval_rows, seen)
     return order[: config.rows], np.fromiter(drawn.values(), np.int64)
 
 

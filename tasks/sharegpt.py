@@ -21,7 +21,7 @@ from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.config import SharegptConfig
 from tasks.refs import Artifact, Split
-from tasks.tables.arrow import Gather, bounded_ranges, one_batch, read_table, row_lists, text_bytes, write_table
+from tasks.tables.arrow import Gather, bounded_ranges, list_lengths, one_batch, read_table, row_lists, text_bytes, write_table
 from tasks.tables.progress import counted
 from tasks.tables.streams import in_order
 from tasks.text.merged_prompt import PromptBlock, merge_columns, parse_merged_prompt
@@ -61,6 +61,8 @@ def write_conversations(products: Path, draft: Path, config: SharegptConfig, *, 
     import pyarrow as pa
 
     table = read_table(products)
+    if "prompts" in table.column_names:
+        return write_as_they_are(table, draft)
     blocks = parse_merged_prompt(config.merged_prompt, [name for name in table.column_names if name != "uid"])
     write_table(draft / "turns.arrow", _turns_schema(), _turns(table, blocks, config.output_column))
     turns = read_table(draft / "turns.arrow")
@@ -74,6 +76,31 @@ def write_conversations(products: Path, draft: Path, config: SharegptConfig, *, 
     )
     conversations = _conversations(turns, rows, schema)
     return write_table(draft / "conversations.arrow", schema, counted("sharegpt", conversations, len(rows)))
+
+
+def write_as_they_are(table: pa.Table, draft: Path) -> int:
+    """turns.arrow and conversations.arrow of rows that are conversations already: each has its own turns, and a system text."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    turns = list_lengths(table["prompts"])
+    ends = np.cumsum(turns)
+
+    def flat(batch: pa.RecordBatch) -> pa.RecordBatch:
+        uids = batch["uid"].take(pc.list_parent_indices(batch["prompts"]))
+        return pa.RecordBatch.from_arrays([uids, batch["prompts"].flatten(), batch["answers"].flatten()], schema=_turns_schema())
+
+    write_table(draft / "turns.arrow", _turns_schema(), map(flat, table.to_batches()))
+    schema = pa.schema({"uids": pa.list_(pa.string()), "products": pa.list_(pa.int32()), "system": pa.string()})
+
+    def listed(span: tuple[int, int]) -> pa.RecordBatch:
+        batch, start = one_batch(table.slice(span[0], span[1] - span[0])), int(ends[span[0]] - turns[span[0]])
+        offsets = np.concatenate([[0], np.cumsum(turns[slice(*span)])]).astype(np.int32)
+        numbers = pa.ListArray.from_arrays(offsets, pa.array(np.arange(start, start + offsets[-1]), pa.int32()))
+        return pa.RecordBatch.from_arrays([row_lists(batch["uid"], 1), numbers, batch["system"]], schema=schema)
+
+    spans = bounded_ranges(text_bytes(table, "system", "prompts", "answers"))
+    return write_table(draft / "conversations.arrow", schema, counted("sharegpt", map(listed, spans), table.num_rows))
 
 
 def _turns_schema() -> pa.Schema:
@@ -116,9 +143,8 @@ def _convert(products: Artifact, config: SharegptConfig, *, extension: int) -> A
 
 @stage(version=1)
 def sharegpt(split: Split, config: SharegptConfig) -> Split:
-    """Conversations of `conversation_extension` turns for training, of a single turn for evaluation."""
+    """Conversations of `conversation_extension` turns for training, of a single turn for evaluation; own ones as they are."""
     train = _convert(split.train, config, extension=config.conversation_extension)
     evaluation = _convert(split.evaluation, config, extension=1)
-    logger.info("sharegpt: %s conversations of %s turns, %s to evaluate on",
-                f"{train.rows:,}", config.conversation_extension, f"{evaluation.rows:,}")  # fmt: skip
+    logger.info("sharegpt: %s conversations, %s to evaluate on", f"{train.rows:,}", f"{evaluation.rows:,}")
     return Split(train=train, evaluation=evaluation, counts={"train": train.rows, "evaluation": evaluation.rows})

@@ -24,13 +24,21 @@ from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.config import TokenizeConfig
 from tasks.refs import Artifact, Split, Texts, Tokenizer
-from tasks.tables.arrow import Gather, bounded_ranges, list_sums, one_batch, read_table, text_bytes, write_table
+from tasks.tables.arrow import Gather, bounded_ranges, list_lengths, list_sums, one_batch, read_table, text_bytes, write_table
 from tasks.tables.progress import counted
 from tasks.tables.streams import in_order
 from tasks.text.encoding import Encoded, load_tokenizer_json, special_id, to_ids
 from tasks.text.overlength import RowCounts, check_counts, check_ends, count_bos, fit
-from tasks.text.turn_encoding import Bodies, TurnEncoder, choose_encoder, encode_whole, refuse_specials, without_specials
-from tasks.text.turns import Template
+from tasks.text.turn_encoding import (
+    Bodies,
+    TurnEncoder,
+    choose_encoder,
+    encode_conversations,
+    encode_whole,
+    refuse_specials,
+    without_specials,
+)
+from tasks.text.turns import Template, conversation_head
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,8 +53,8 @@ MAX_ROWS, MAX_BYTES = 1024, 8 * 2**20
 SAMPLE_ROWS = 64
 """Conversations on which the fast way is compared with encoding the whole text."""
 
-Assembler = Callable[[NDArray[np.integer], int], Encoded]
-"""Conversations of products, so many a row."""
+Assembler = Callable[["pa.RecordBatch"], Encoded]
+"""From rows of texts.arrow."""
 
 
 def _batch(encoded: Encoded, uids: pa.Array, config: TokenizeConfig, counts: RowCounts) -> pa.RecordBatch:
@@ -97,8 +105,7 @@ class TokenBatches:
 
     def _encoded(self, span: tuple[int, int]) -> tuple[pa.ListArray, Encoded]:
         batch = one_batch(self._conversations.slice(span[0], span[1] - span[0]))
-        products = batch["products"].flatten().to_numpy()
-        return batch["uids"], self._assemble(products, len(products) // batch.num_rows)
+        return batch["uids"], self._assemble(batch)
 
 
 @dataclass(frozen=True)
@@ -114,8 +121,12 @@ class Method:
         """tokens.arrow (tasks/refs.py) of texts; the turns' bodies lie in a scratch file meanwhile."""
         turns, scratch = read_table(texts / "turns.arrow"), draft / "bodies.arrow"
         sizes = text_bytes(turns, "prompt", "answer")
-        assemble = self._by_wholes(turns) if self.turns is None else self._by_turns(self.turns, turns, sizes, scratch)
-        batches = TokenBatches(read_table(texts / "texts.arrow").select(["uids", "products"]), sizes, assemble, self)
+        table = read_table(texts / "texts.arrow").drop_columns(["text"])
+        if "system" in table.column_names:
+            assemble = self._as_they_are(turns)
+        else:
+            assemble = self._by_wholes(turns) if self.turns is None else self._by_turns(self.turns, turns, sizes, scratch)
+        batches = TokenBatches(table, sizes, assemble, self)
         write_table(draft / "tokens.arrow", _schema(), batches)
         scratch.unlink(missing_ok=True)
         return batches.counts
@@ -132,27 +143,48 @@ class Method:
         write_table(scratch, schema, counted("tokenize", encoded, turns.num_rows))
         gather = Gather(read_table(scratch))
 
-        def assemble(products: NDArray[np.integer], width: int) -> Encoded:
-            bodies = gather(products)
-            return encoder.join(Bodies(bodies["ids"], bodies["unlearnt"].to_numpy()), width)
+        def assemble(batch: pa.RecordBatch) -> Encoded:
+            bodies = gather(_products(batch))
+            return encoder.join(Bodies(bodies["ids"], bodies["unlearnt"].to_numpy()), len(bodies) // len(batch))
 
         return assemble
 
     def _by_wholes(self, turns: pa.Table) -> Assembler:
         gather = Gather(turns)
 
-        def assemble(products: NDArray[np.integer], width: int) -> Encoded:
-            taken = gather(products)
+        def assemble(batch: pa.RecordBatch) -> Encoded:
+            taken = gather(_products(batch))
             if self.config.special_tokens_in_products == "text":
                 refuse_specials(self.backend, taken)
-            return encode_whole(self.backend, taken, width, self.template)
+            return encode_whole(self.backend, taken, len(taken) // len(batch), self.template)
+
+        return assemble
+
+    def _as_they_are(self, turns: pa.Table) -> Assembler:
+        gather = Gather(turns)
+
+        def assemble(batch: pa.RecordBatch) -> Encoded:
+            taken, widths = gather(_products(batch)), list_lengths(pa.chunked_array([batch["products"]])).tolist()
+            if self.config.special_tokens_in_products == "text":
+                refuse_specials(self.backend, taken)
+            heads = [conversation_head(system, self.template) for system in batch["system"].to_pylist()]
+            return encode_conversations(self.backend, taken, widths, heads, self.template)
+
+        import pyarrow as pa
 
         return assemble
 
 
+def _products(batch: pa.RecordBatch) -> NDArray[np.integer]:
+    return batch["products"].flatten().to_numpy()
+
+
 def choose_method(texts: Artifact, backend: Backend, template: Template, config: TokenizeConfig) -> Method:
     """By turns if that equals encoding whole texts on a sample, else by wholes."""
-    table = read_table(texts / "texts.arrow").select(["products"])
+    table = read_table(texts / "texts.arrow")
+    if "system" in table.column_names:
+        return Method(backend, template, None, config)
+    table = table.select(["products"])
     rows = np.unique(np.linspace(0, table.num_rows - 1, SAMPLE_ROWS).astype(np.int64))
     lists = one_batch(table.take(rows))["products"]
     sample = Gather(read_table(texts / "turns.arrow"))(lists.flatten().to_numpy())

@@ -25,19 +25,29 @@ ModelName = Annotated[
 def ask(
     model: ModelName,
     title: Annotated[str | None, typer.Option(help="Of the product; else titles are asked for, one after another.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The user's words as they are, of a model of conversations.")] = None,
+    column: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Of the product; may be repeated.")] = None,
     question: Annotated[str | None, typer.Option(help="Else the recipe's own.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Let the base model answer too.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Else evaluate.max_new_tokens of the recipe.")] = None,
 ) -> None:
-    """Ask a saved model about a product."""
+    """Ask a saved model about a product, or whatever it was trained on conversations of."""
     from flows.models.ask import AskOptions, answer_titles
     from flows.models.saved import find_saved
 
     hide_bars()
     saved = find_saved(model)
     _tell(f"model: {saved.path}")
-    options = AskOptions(title, question, compare, max_new_tokens)
+    columns = dict(_pair(text) for text in column or ())
+    options = AskOptions(title, question, compare, max_new_tokens, prompt, columns)
     answer_titles(saved, options, read=input, say=_sayer())
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"got {text}; expected NAME=VALUE", param_hint="--column")
+    return name.strip(), value
 
 
 @app.command()

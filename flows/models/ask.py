@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flows.models.saved import Saved
@@ -12,8 +12,6 @@ from tasks.refs import InputError
 
 if TYPE_CHECKING:
     from tasks.training.inference.chat import ChatModel
-
-COLUMNS = ("title", "content")
 
 
 @dataclass(frozen=True)
@@ -24,39 +22,73 @@ class AskOptions:
     question: str | None
     compare: bool
     max_new_tokens: int | None
+    prompt: str | None = None
+    """A user's words as they are; instead of a title."""
+    columns: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The product's further columns."""
+
+    @property
+    def said(self) -> str | None:
+        """The title or prompt of the options."""
+        return self.title if self.prompt is None else self.prompt
+
+
+def takes_prompts(recipe: Recipe) -> bool:
+    """Whether a model was trained on conversations, and not on products."""
+    return recipe.ingest.kind not in ("auto", "products")
 
 
 def answer_titles(saved: Saved, options: AskOptions, *, read: Callable[[str], str], say: Callable[[str], None]) -> None:
-    """Answer the title of the options, else each that is read until an empty line or the end of the input.
+    """Answer the title or prompt of the options, else each that is read until an empty line or the end of the input.
 
     Raises:
-        InputError: for an empty title, or a question where the model was trained without.
+        InputError: for an empty title, a column that the merged prompt lacks, or a question where the model was trained without.
     """
     from tasks.training.inference.chat import load_chat_model
 
     check_question(saved.recipe, options.question)
-    if options.title is not None:
-        render_title(saved.recipe, options.title)  # a mistake is told before minutes of loading
+    if options.said is not None:
+        render_said(saved.recipe, options.said, options)  # a mistake is told before minutes of loading
     model = load_chat_model(saved.path, saved.base(), saved.recipe.model.weights)
-    for title in [options.title] if options.title is not None else _titles(read):
-        _answer(model, saved.recipe, title, options, say)
+    asked = "prompt> " if takes_prompts(saved.recipe) else "title> "
+    for said in [options.said] if options.said is not None else _lines(read, asked):
+        _answer(model, saved.recipe, said, options, say)
 
 
-def render_title(recipe: Recipe, title: str) -> str:
-    """A title as the recipe's merged prompt renders it; other columns are empty.
+def render_said(recipe: Recipe, said: str, options: AskOptions) -> str:
+    """A prompt as it is, a title as the recipe's merged prompt renders it.
 
     Raises:
-        InputError: for an empty title.
+        InputError: as render_title; for a title where the model was trained on conversations.
+    """
+    if options.prompt is None and not takes_prompts(recipe):
+        return render_title(recipe, said, options.columns)
+    if options.title is not None or options.columns:
+        raise InputError("--title: this model was trained on conversations; expected --prompt and the user's words.")
+    return said
+
+
+def render_title(recipe: Recipe, title: str, further: Mapping[str, str] | None = None) -> str:
+    """A title as the recipe's merged prompt renders it; columns that are not given are empty.
+
+    Raises:
+        InputError: for an empty title, or a column that the merged prompt does not name.
     """
     import pyarrow as pa
 
-    from tasks.text.merged_prompt import merge_columns, parse_merged_prompt
+    from tasks.text.merged_prompt import merge_columns, parse_merged_prompt, prompt_columns
 
     _check_text("--title", title)
     if not title.strip():
         raise InputError("--title: got an empty text; expected a product's title.")
-    blocks = parse_merged_prompt(recipe.sharegpt.merged_prompt, COLUMNS)
-    product = pa.RecordBatch.from_pydict({"title": [title.strip()], "content": [""]})
+    names = prompt_columns(recipe.sharegpt.merged_prompt)
+    if strange := [name for name in further or {} if name not in names]:
+        raise InputError(
+            f"--column: got {strange[0]}; expected a column of the merged prompt: {', '.join(names) or 'it has none'}."
+        )
+    values = dict.fromkeys(names, "") | dict(further or {}) | {"title": title.strip()}
+    product = pa.RecordBatch.from_pydict({name: [value] for name, value in values.items()})
+    blocks = parse_merged_prompt(recipe.sharegpt.merged_prompt, list(values))
     return str(merge_columns(product, blocks)[0].as_py())
 
 
@@ -69,7 +101,7 @@ def check_question(recipe: Recipe, question: str | None) -> None:
     from tasks.text.chat_template import QUESTION
 
     _check_text("--question", question or "")
-    if question is not None and QUESTION not in recipe.template.chat_template:
+    if question is not None and (recipe.template.source == "model" or QUESTION not in recipe.template.chat_template):
         raise InputError(
             f"--question: got {question}; expected none: this model's chat_template has no {QUESTION}. Leave it out."
         )
@@ -80,21 +112,22 @@ def _check_text(option: str, text: str) -> None:
         raise InputError(f"{option}: got {text!r}; expected text in UTF-8. Set the terminal's encoding to it.")
 
 
-def _titles(read: Callable[[str], str]) -> Iterator[str]:
+def _lines(read: Callable[[str], str], asked: str) -> Iterator[str]:
     while True:
         try:
-            title = read("title> ").strip()
+            line = read(asked).strip()
         except EOFError:
             return
         except UnicodeDecodeError as error:
-            raise InputError(f"title: got {error.object!r}; expected text in UTF-8. Set the terminal's encoding to it.") from None
-        if not title:
+            what = asked.rstrip("> ")
+            raise InputError(f"{what}: got {error.object!r}; expected text in UTF-8. Set the terminal's encoding to it.") from None
+        if not line:
             return
-        yield title
+        yield line
 
 
-def _answer(model: ChatModel, recipe: Recipe, title: str, options: AskOptions, say: Callable[[str], None]) -> None:
-    prompt = render_title(recipe, title)
+def _answer(model: ChatModel, recipe: Recipe, said: str, options: AskOptions, say: Callable[[str], None]) -> None:
+    prompt = render_said(recipe, said, options)
     longest = options.max_new_tokens or recipe.evaluate.max_new_tokens
     for name in ("base", "tuned") if options.compare else ("tuned",):
         if options.compare:

@@ -96,14 +96,43 @@ def read_questions(held_out: HeldOut, config: EvaluateConfig) -> Questions:
     rows = _read(held_out.tokens / "tokens.arrow", "uids", "input_ids", "labels")
     turns = _read(held_out.texts / "turns.arrow", "uid", "prompt", "question", "answer")
     parts = json.loads((held_out.template / "template.json").read_text(encoding="utf-8"))
-    chosen = (turns[row] for row in choose_rows(len(turns), config.generations, config.seed))
+    prompts = _prompts_of_conversations(held_out, turns, parts, config) or _prompts_of_products(turns, parts, config)
     return Questions(
         tokenizer=held_out.tokenizer,
         uids=[row["uids"] for row in rows],
         input_ids=[row["input_ids"] for row in rows],
         labels=[row["labels"] for row in rows],
-        prompts=[Prompt(turn["uid"], turn["prompt"], render_prompt(turn, parts), turn["answer"]) for turn in chosen],
+        prompts=prompts,
     )
+
+
+def _prompts_of_products(turns: Sequence[Mapping[str, str]], parts: Mapping[str, Any], config: EvaluateConfig) -> list[Prompt]:
+    chosen = (turns[row] for row in choose_rows(len(turns), config.generations, config.seed))
+    return [Prompt(turn["uid"], turn["prompt"], render_prompt(turn, parts), turn["answer"]) for turn in chosen]
+
+
+def _prompts_of_conversations(
+    held_out: HeldOut, turns: Sequence[Mapping[str, str]], parts: Mapping[str, Any], config: EvaluateConfig
+) -> list[Prompt]:
+    """Conversations up to their last answer; none where the rows are products."""
+    path = held_out.texts / "texts.arrow"
+    if len(turns) == 0 or not path.is_file() or "system" not in _columns(path):
+        return []
+    texts = _read(path, "products", "text")
+    chosen = (texts[row] for row in choose_rows(len(texts), config.generations, config.seed))
+    return [_last_prompt(turns[text["products"][-1]], text["text"], parts) for text in chosen]
+
+
+def _last_prompt(turn: Mapping[str, str], text: str, parts: Mapping[str, Any]) -> Prompt:
+    asked = text.removesuffix(turn["answer"] + parts["after_answer"])
+    return Prompt(turn["uid"], turn["prompt"], asked, turn["answer"])
+
+
+def _columns(path: Path) -> list[str]:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
+        return list(reader.schema.names)
 
 
 def collect_answers(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tasks.config import IngestConfig
+from tasks.reading.conversations import is_conversations
 from tasks.reading.distinct import Hashes
 
 if TYPE_CHECKING:
     import polars as pl
+    import pyarrow as pa
 
 REFERENCE = r"&(?:#[0-9]+;?|#[xX][0-9a-fA-F]+;?|[^\t\n\f <&#;]{1,32};?)"
 """The references that html.unescape looks at. Source: html._charref, Python 3.11."""
@@ -94,6 +97,16 @@ def hash_texts(frame: pl.DataFrame) -> Hashes:
             half = half * MIX + column.hash(seed + 1).to_numpy()
         halves.append(half)
     return np.stack(halves)
+
+
+def hash_rows(table: pa.Table) -> Hashes:
+    """As `hash_texts`, of products or of conversations."""
+    import polars as pl
+
+    if not is_conversations(table.schema):
+        return hash_texts(pl.DataFrame(table))
+    rows = zip(*(table[name].to_pylist() for name in ("system", "prompts", "answers")), strict=True)
+    return hash_texts(pl.DataFrame({"text": [json.dumps(row) for row in rows]}, schema={"text": pl.String}))
 
 
 def _replaced(texts: pl.Series, table: Mapping[str, str]) -> pl.Series:

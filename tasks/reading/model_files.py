@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tasks.caching.files import directory_digest
 from tasks.refs import Artifact, InputError, Model, Special, Tokenizer
@@ -66,7 +66,24 @@ def directory_tokenizer(path: Path) -> Tokenizer:
             f"model.id: {path} has no tokenizer: got {_listed(path)}; expected tokenizer.json. "
             "Save the fast tokenizer there with save_pretrained."
         )
-    return Tokenizer(path=str(path), digest=directory_digest(path, names), special=read_special(path))
+    return Tokenizer(
+        path=str(path),
+        digest=directory_digest(path, names),
+        special=read_special(path),
+        chat_template=read_chat_template(path),
+    )
+
+
+def read_chat_template(path: Path) -> str | None:
+    """The chat template of a tokenizer's directory, in Jinja; the default one of several."""
+    if (path / "chat_template.jinja").is_file():
+        return (path / "chat_template.jinja").read_text(encoding="utf-8")
+    config = path / "tokenizer_config.json"
+    found = read_json(config).get("chat_template") if config.is_file() else None
+    if isinstance(found, list):
+        named = {item["name"]: item["template"] for item in cast("list[dict[str, str]]", found)}
+        return named.get("default")
+    return found
 
 
 def read_special(path: Path) -> Special:

@@ -22,14 +22,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-from tasks.reading.columns import AS_WRITTEN, NEEDED, Wanted, number_text, with_uids
+from tasks.reading.columns import AS_WRITTEN, NEEDED, Wanted, number_text, product_schema, with_uids
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+T = TypeVar("T")
 
 BLANK = b" \t\r"
 INFINITY = re.compile("-?Inf")
@@ -82,6 +85,8 @@ class ParsedBlock:
     lines: int
     blank: int = 0
     rejects: list[Reject] = field(default_factory=list[Reject])
+    dropped: Counter[str] = field(default_factory=Counter[str])
+    """Rows left out, by reason."""
 
 
 def read_block(block: LineBlock, max_line_bytes: int, wanted: Wanted = AS_WRITTEN) -> ParsedBlock:
@@ -91,19 +96,29 @@ def read_block(block: LineBlock, max_line_bytes: int, wanted: Wanted = AS_WRITTE
 
 def read_strict(block: LineBlock, max_line_bytes: int, wanted: Wanted = AS_WRITTEN) -> ParsedBlock:
     """The block's rows, line by line."""
-    rows, blank, rejects, lines = list[tuple[str, ...]](), 0, list[Reject](), 0
+    rows, parsed = sort_lines(block, max_line_bytes, lambda raw, _: _product(raw, wanted))
+    parsed.table = _table(rows, wanted)
+    return parsed
+
+
+def sort_lines(block: LineBlock, max_line_bytes: int, make: Callable[[bytes, int], T]) -> tuple[list[T], ParsedBlock]:
+    """What is made of each line and its number, and all that is no row, with no table yet.
+
+    `make` raises ValueError for a line to reject.
+    """
+    rows, blank, rejects, lines = list[T](), 0, list[Reject](), 0
     for lines, raw in enumerate(_split(block), start=1):
         number, size = block.first_line + lines - 1, block.line_bytes or len(raw)
         try:
             if size > max_line_bytes:
                 raise ValueError(f"line of {size:,} bytes; expected at most max_line_bytes={max_line_bytes:,}")
             if raw.strip(BLANK):
-                rows.append(_product(raw, wanted))
+                rows.append(make(raw, number))
             else:
                 blank += 1
         except ValueError as error:
             rejects.append(Reject(number, str(error), raw[:max_line_bytes], block.unit))
-    return ParsedBlock(_table(rows, wanted), lines, blank, rejects)
+    return rows, ParsedBlock(product_schema().empty_table(), lines, blank, rejects)
 
 
 def _split(block: LineBlock) -> Iterator[bytes]:
@@ -123,10 +138,15 @@ def _product(raw: bytes, wanted: Wanted) -> tuple[str, ...]:
     value = read_object(raw, wanted)
     if missing := next((wanted[name] for name in NEEDED if wanted[name] not in value), None):
         raise ValueError(f'missing "{missing}"; expected {", ".join(wanted.values())}')
-    return tuple(_text(name, value.get(name)) for name in wanted.values())
+    return tuple(json_text(name, value.get(name)) for name in wanted.values())
 
 
-def _text(name: str, value: object) -> str:
+def json_text(name: str, value: object) -> str:
+    """A JSON value's text, as tasks/reading/columns.py has it.
+
+    Raises:
+        ValueError: for a list or an object, and for text that is no Unicode.
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bool):

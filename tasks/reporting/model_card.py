@@ -7,6 +7,7 @@ Source of model-index: https://github.com/huggingface/hub-docs/blob/main/modelca
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,9 @@ HUB_METRICS = {
 }
 """Numbers that the Hub knows, and its names for them."""
 
+AMAZON = re.compile(r"trn\.json|LF-Amazon", re.IGNORECASE)
+"""The names under which the document's data is distributed."""
+
 SNIPPET = """from pathlib import Path
 
 from peft import PeftModel
@@ -69,10 +73,10 @@ def model_card(name: str, model: Model, recipe: Mapping[str, Any], metrics: Mapp
 
 # {name}
 
-A LoRA adapter for `{model.name}`, trained by recipe `{recipe.get("name", "")}` of amazon-ft to describe a
-product from its title. Settings: `recipe.yaml`. Where it comes from, to the byte: `lineage.json`.
+A LoRA adapter for `{model.name}`, trained by recipe `{recipe.get("name", "")}` of amazon-ft to {_task(recipe)}. \
+Settings: `recipe.yaml`. Where it comes from, to the byte: `lineage.json`.
 
-## Held-out products
+## Held-out {"conversations" if _converses(recipe) else "products"}
 
 {comparison_table(metrics)}
 
@@ -141,8 +145,27 @@ def _figure(numbers: Mapping[str, float], name: str) -> str:
     return f"{numbers[name]:.4g}{shown}"
 
 
+def _converses(recipe: Mapping[str, Any]) -> bool:
+    return recipe.get("ingest", {}).get("kind", "products") not in ("auto", "products")
+
+
+def _task(recipe: Mapping[str, Any]) -> str:
+    """What the model was trained for; broken as the card's lines are."""
+    return "answer as the\nassistant of its conversations does" if _converses(recipe) else "describe a\nproduct from its title"
+
+
 def _data(recipe: Mapping[str, Any]) -> str:
-    return "AmazonTitles-1.3MM" if recipe.get("catalogue") is None else "generated-catalogue"
+    """A name for the data: the document's, the catalogue's, or that of the user's own file.
+
+    >>> _data({"ingest": {"sources": ["data/LF-Amazon-1.3M.raw.zip"]}}), _data({"ingest": {"sources": ["my/products.csv.gz"]}})
+    ('AmazonTitles-1.3MM', 'products')
+    """
+    if recipe.get("catalogue") is not None:
+        return "generated-catalogue"
+    sources = [source.rstrip("/").rpartition("/")[2] for source in recipe.get("ingest", {}).get("sources", ())]
+    if not sources or any(AMAZON.match(name) for name in sources):
+        return "AmazonTitles-1.3MM"
+    return sources[0].split(".")[0] or "own-data"
 
 
 def snippet(model: Model, prompt: str) -> str:
@@ -157,6 +180,8 @@ def example_prompt(recipe: Mapping[str, Any]) -> str:
     >>> example_prompt({"sharegpt": {"merged_prompt": "Título do produto: {title}"}})
     'Título do produto: Girls Ballet Tutu Neon Pink'
     """
+    if _converses(recipe):
+        return "..."
     title = "Girls Ballet Tutu Neon Pink" if recipe.get("catalogue") is None else "Aurora Brushed Tray 15 cm"
     return str(recipe.get("sharegpt", {}).get("merged_prompt", "{title}")).replace("{title}", title)
 

@@ -76,21 +76,37 @@ def text_bytes(table: pa.Table, *columns: str) -> NDArray[np.int64]:
     >>> text_bytes(pa.table({"title": ["a", None], "content": ["é", "bc"]}), "title", "content").tolist()
     [3, 2]
     """
+    import pyarrow as pa
     import pyarrow.compute as pc
 
-    lengths = [pc.fill_null(pc.binary_length(table[name]), 0).to_numpy() for name in columns]
-    return np.array(lengths, np.int64).sum(axis=0)
+    def lengths(column: pa.ChunkedArray) -> NDArray[np.int64]:
+        return _list_bytes(column) if pa.types.is_list(column.type) else pc.fill_null(pc.binary_length(column), 0).to_numpy()
+
+    return np.array([lengths(table[name]) for name in columns], np.int64).sum(axis=0)
+
+
+def _list_bytes(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Bytes of text in each list, none of which is empty or null."""
+    import pyarrow.compute as pc
+
+    if not len(column):
+        return np.zeros(0, np.int64)
+    starts = np.cumsum(np.concatenate([[0], list_lengths(column)]))[:-1]
+    return np.add.reduceat(pc.binary_length(pc.list_flatten(column)).to_numpy().astype(np.int64), starts)
 
 
 def list_sums(values: NDArray[np.int64], lists: pa.ChunkedArray) -> NDArray[np.int64]:
-    """For each list of row numbers, all of one width, the sum of those rows' values.
+    """For each list of row numbers, none of them empty, the sum of those rows' values.
 
     >>> import pyarrow as pa
     >>> list_sums(np.array([5, 7]), pa.chunked_array([[[0, 1], [1, 1]]])).tolist()
     [12, 14]
     """
+    if not len(lists):
+        return np.zeros(0, np.int64)
     rows = lists.combine_chunks().flatten().to_numpy()
-    return values[rows].reshape(len(lists), len(rows) // max(len(lists), 1)).sum(axis=1)
+    starts = np.cumsum(np.concatenate([[0], list_lengths(lists)]))[:-1]
+    return np.add.reduceat(values[rows], starts)
 
 
 def list_lengths(lists: pa.ChunkedArray) -> NDArray[np.int64]:

@@ -11,6 +11,7 @@ answer is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -128,7 +129,17 @@ def _binary(ids: Ids) -> pa.Scalar[Any]:
 
 def encode_whole(backend: Backend, turns: pa.RecordBatch, width: int, template: Template) -> Encoded:
     """Conversations encoded as whole texts, learnt by the offsets of the answers: the reference, and the slow way."""
-    texts, spans = _texts_with_spans(turns, width, template)
+    count = turns.num_rows // width
+    return encode_conversations(
+        backend, turns, [width] * count, [(template["bos"] or "") + template["preamble"]] * count, template
+    )
+
+
+def encode_conversations(
+    backend: Backend, turns: pa.RecordBatch, widths: Sequence[int], heads: Sequence[str], template: Template
+) -> Encoded:
+    """As `encode_whole`, of so many turns each, each with its own text before the first."""
+    texts, spans = _texts_with_spans(turns, widths, heads, template)
     rows = backend.encode_batch(texts, add_special_tokens=False)
     flat = [np.array(row.ids, np.int32) for row in rows]
     offsets = np.cumsum([0, *map(len, flat)])
@@ -163,20 +174,22 @@ def refuse_specials(backend: Backend, turns: pa.RecordBatch) -> None:
         )
 
 
-def _texts_with_spans(turns: pa.RecordBatch, width: int, template: Template) -> tuple[list[str], list[list[tuple[int, int]]]]:
+def _texts_with_spans(
+    turns: pa.RecordBatch, widths: Sequence[int], heads: Sequence[str], template: Template
+) -> tuple[list[str], list[list[tuple[int, int]]]]:
     """Whole texts, and from where to where, in characters, each answer goes with its EOS."""
-    head = (template["bos"] or "") + template["preamble"]
     eos_end = template["after_answer"].find(template["eos"]) + len(template["eos"])
     texts: list[str] = []
     spans: list[list[tuple[int, int]]] = []
-    for number, turn in enumerate(turns.to_pylist()):
-        if number % width == 0:
-            texts.append(head)
-            spans.append([])
-        asked = template["before_answer"].replace("{question}", turn["question"])
-        before = texts[-1] + template["before_prompt"].replace("{question}", turn["question"]) + turn["prompt"] + asked
-        spans[-1].append((len(before), len(before) + len(turn["answer"]) + eos_end))
-        texts[-1] = before + turn["answer"] + template["after_answer"]
+    rows = iter(turns.to_pylist())
+    for head, width in zip(heads, widths, strict=True):
+        texts.append(head)
+        spans.append([])
+        for turn in islice(rows, width):
+            asked = template["before_answer"].replace("{question}", turn["question"])
+            before = texts[-1] + template["before_prompt"].replace("{question}", turn["question"]) + turn["prompt"] + asked
+            spans[-1].append((len(before), len(before) + len(turn["answer"]) + eos_end))
+            texts[-1] = before + turn["answer"] + template["after_answer"]
     return texts, spans
 
 

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 Template = Mapping[str, Any]
 """template.json, as tasks/template.py describes it."""
 
+WITH_SYSTEM = "preamble_with_system"
+"""The key of template.json for the text before the first turn of a conversation with a system text."""
+SYSTEM = "{SYSTEM}"
+
 PROBES = ("a", " a", "A", "1", "\n", "\n\n", "  b", "#", "'s", "é", ".", "")
 """Beginnings of a text that reach back over a boundary in different ways."""
 
@@ -50,6 +54,17 @@ class TurnShape:
     rejoin: Ids
     closing: Ids
     body: tuple[Segment | int, ...]
+
+
+def conversation_head(system: str, template: Template) -> str:
+    """The text before a conversation's first turn.
+
+    >>> template = {"bos": "<s>", "preamble": "Hi.", "preamble_with_system": "Be: {SYSTEM}."}
+    >>> conversation_head("", template), conversation_head("brief", template)
+    ('<s>Hi.', '<s>Be: brief.')
+    """
+    text = template[WITH_SYSTEM].replace(SYSTEM, system, 1) if system else template["preamble"]
+    return (template["bos"] or "") + text
 
 
 def find_shape(backend: Backend, template: Template) -> TurnShape | None:

@@ -57,7 +57,7 @@ def _arrow_stream(path: Path, rows: Rows) -> Path:
 
 
 def _datasets(path: Path, rows: Rows) -> Path:
-    Dataset.from_list(list(rows)).save_to_disk(path, num_shards=3)
+    Dataset.from_list(list(rows)).save_to_disk(path, num_shards=min(3, len(rows)))
     return path
 
 

@@ -11,6 +11,7 @@ from typing import IO, NamedTuple
 
 from tasks.config import IngestConfig
 from tasks.reading.columns import Wanted, check_columns, wanted_columns
+from tasks.reading.conversations import Chooser, conversation_columns, find_kind, parse_lines
 from tasks.reading.files.formats import BOM, FileFormat, find_dialect, find_format, read_header
 from tasks.reading.files.json_array import array_values, cut_array
 from tasks.reading.files.packing import Allowance, ByteStream, Content, Rejoined, damage_named, seekable, unpacked
@@ -21,6 +22,7 @@ from tasks.reading.files.tabular import (
     cut_delimited,
     cut_parquet,
     table_columns,
+    table_conversations,
     table_rows,
 )
 from tasks.reading.rows import LineBlock, ParsedBlock, read_block, read_object
@@ -87,7 +89,7 @@ def check_files(source: Source, config: IngestConfig, extra: Sequence[str]) -> N
     Raises:
         InputError: as `read_blocks`, for the first file that has not.
     """
-    wanted = wanted_columns(config, extra)
+    wanted = columns_to_read(config, extra)
     for file in source.files:
         path = Path(file.url)
         if columns := look(path, config).columns:
@@ -143,8 +145,32 @@ def _cut_table(
             yield from (cut_parquet if found is FileFormat.PARQUET else cut_arrow_file)(file, chosen)
 
 
+def resolve_kind(source: Source, config: IngestConfig) -> IngestConfig:
+    """The settings with the kind of rows that the first file's columns show; an explicit one stays.
+
+    Raises:
+        InputError: as `look`.
+    """
+    if config.kind != "auto":
+        return config
+    columns = look(Path(source.files[0].url), config).columns if source.files else ()
+    return config.model_copy(update={"kind": find_kind(columns, config)})
+
+
+def columns_to_read(config: IngestConfig, extra: Sequence[str]) -> Wanted:
+    """{our column: the file's} of the kind that the settings name."""
+    if config.kind in ("auto", "products"):
+        return wanted_columns(config, extra)
+    return conversation_columns(config.kind, config)
+
+
 def parse_block(block: Block, file: str, config: IngestConfig, wanted: Wanted) -> ParsedBlock:
-    """The block's rows as the wanted columns."""
+    """The block's rows as the wanted columns, or as conversations."""
+    if config.kind not in ("auto", "products"):
+        choose = Chooser(config.kind, file, config)
+        if isinstance(block, LineBlock):
+            return parse_lines(block, choose, config)
+        return table_conversations(block, file, wanted, choose)
     if isinstance(block, LineBlock):
         return read_block(block, config.max_line_bytes, wanted)
     return table_rows(block, file, wanted)

@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from tasks.reading.columns import Wanted, to_text, with_uids
+from tasks.reading.conversations import Chooser, Conversation, conversation_table
 from tasks.reading.files.formats import Dialect, FileFormat
 from tasks.reading.files.packing import ByteStream
 from tasks.reading.rows import ParsedBlock, Reject
@@ -163,6 +164,42 @@ def table_rows(block: RowBlock, file: str, wanted: Wanted) -> ParsedBlock:
         table = table.filter(pa.array(whole))
     rejects.sort(key=lambda reject: reject.line)
     return ParsedBlock(with_uids(table), count + len(block.rejects), 0, rejects)
+
+
+def table_conversations(block: RowBlock, file: str, wanted: Wanted, choose: Chooser) -> ParsedBlock:
+    """The rows as conversations: lists and objects as they are, all else as text.
+
+    Raises:
+        InputError: for a column that has no text, or a row that the settings do not want left out.
+    """
+    columns: dict[str, list[Any]] = {}
+    rejects, rows = list(block.rejects), list[Conversation]()
+    for name in (name for name in dict.fromkeys(wanted.values()) if name in block.batch.schema.names):
+        column = block.batch[name]
+        columns[name] = column.to_pylist() if _is_nested(column.type) else _texts(column, f"{file}: {name}")
+    for row, values in enumerate(zip(*columns.values(), strict=True)):
+        number = block.first_row + row
+        try:
+            made = choose(dict(zip(columns, values, strict=True)), f"row {number}")
+            rows += [made] if made else []
+        except ValueError as error:
+            rejects.append(Reject(number, str(error), repr(values).encode(), "row"))
+    rejects.sort(key=lambda reject: reject.line)
+    lines = block.batch.num_rows + len(block.rejects)
+    return ParsedBlock(conversation_table(iter(rows)), lines, 0, rejects, choose.dropped)
+
+
+def _is_nested(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_nested(kind)
+
+
+def _texts(column: pa.Array, where: str) -> list[str | None]:
+    """Texts, None for null and for bytes that are none."""
+    texts, whole = to_text(column, where)
+    there = [value.is_valid for value in column] if whole is None else whole.to_pylist()
+    return [text if kept else None for text, kept in zip(texts.to_pylist(), there, strict=True)]
 
 
 def _reject(block: RowBlock, row: int, bad: dict[str, Any]) -> Reject:

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli.main import app
-from flows.models.ask import check_question, render_title
+from flows.models.ask import AskOptions, check_question, render_said, render_title
 from flows.models.saved import find_saved
 from flows.recipes import load_recipe
 from tasks.caching.manifest import MANIFEST
@@ -92,6 +92,21 @@ def test_without_a_title_it_asks_until_an_empty_line(asked: ChatModel, monkeypat
 def test_a_title_is_asked_as_the_recipe_renders_it() -> None:
     recipe = load_recipe("demo", ["sharegpt.merged_prompt='Produto: {title}[[, {content}]]'"])
     assert render_title(recipe, " Chaleira ") == "Produto: Chaleira"
+
+
+def test_further_columns_are_asked_by_name() -> None:
+    recipe = load_recipe("demo", ["sharegpt.merged_prompt='{title}[[ de {marca}]]'"])
+    assert render_title(recipe, "Chaleira", {"marca": "Aurora"}) == "Chaleira de Aurora"
+    assert render_title(recipe, "Chaleira") == "Chaleira"
+    with pytest.raises(InputError, match="--column: got cor; expected a column of the merged prompt: title, marca"):
+        render_title(recipe, "Chaleira", {"cor": "azul"})
+
+
+def test_a_model_of_conversations_is_asked_in_the_users_words() -> None:
+    recipe = load_recipe("demo", ["catalogue=null", "ingest.sources=a.jsonl", "ingest.kind=messages"])
+    assert render_said(recipe, "Hi", AskOptions(None, None, False, None, prompt="Hi")) == "Hi"
+    with pytest.raises(InputError, match="--title: this model was trained on conversations"):
+        render_said(recipe, "Hi", AskOptions("Hi", None, False, None))
 
 
 def test_an_empty_title_is_refused() -> None:
