@@ -102,7 +102,7 @@ def read_strict(block: LineBlock, max_line_bytes: int, wanted: Wanted = AS_WRITT
 
 
 def sort_lines(block: LineBlock, max_line_bytes: int, make: Callable[[bytes, int], T]) -> tuple[list[T], ParsedBlock]:
-    """What is made of each line and its number, and all that is no row, with no table yet.
+    """Return what is made of each line and its number, and all that is no row, with no table yet.
 
     `make` raises ValueError for a line to reject.
     """

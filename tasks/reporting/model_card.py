@@ -150,7 +150,7 @@ def _converses(recipe: Mapping[str, Any]) -> bool:
 
 
 def _task(recipe: Mapping[str, Any]) -> str:
-    """What the model was trained for; broken as the card's lines are."""
+    """The task that the model was trained for; broken as the card's lines are."""
     return "answer as the\nassistant of its conversations does" if _converses(recipe) else "describe a\nproduct from its title"
 
 
