@@ -119,8 +119,8 @@ def _lines(read: Callable[[str], str], asked: str) -> Iterator[str]:
         except EOFError:
             return
         except UnicodeDecodeError as error:
-            what = asked.rstrip("> ")
-            raise InputError(f"{what}: got {error.object!r}; expected text in UTF-8. Set the terminal's encoding to it.") from None
+            got = f"{asked.rstrip('> ')}: got {error.object!r}"
+            raise InputError(f"{got}; expected text in UTF-8. Set the terminal's encoding to it.") from None
         if not line:
             return
         yield line
