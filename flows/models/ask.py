@@ -65,6 +65,7 @@ def render_said(recipe: Recipe, said: str, options: AskOptions) -> str:
         return render_title(recipe, said, options.columns)
     if options.title is not None or options.columns:
         raise InputError("--title: this model was trained on conversations; expected --prompt and the user's words.")
+    _check_text("--prompt", said)
     return said
 
 

@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false
 """Triton kernels of the fast backend; imported where there is a GPU, for torch's CPU build has no Triton."""
 
 from __future__ import annotations
