@@ -39,12 +39,13 @@ def console() -> SafeConsole:
     return SafeConsole(file=io.StringIO(), force_terminal=True, width=120, highlight=False)
 
 
-def test_whatever_is_printed_is_tame_and_coloured(console: SafeConsole) -> None:
+def test_whatever_is_printed_is_tame_and_coloured(console: SafeConsole, monkeypatch: pytest.MonkeyPatch) -> None:
     table = Table(HOSTILE)
     table.add_row(f"[red]{HOSTILE}[/]")
     for thing in (table, HOSTILE):
         console.print(thing)
     logger = logging.getLogger("tasks.test_options")
+    monkeypatch.setattr(logger, "propagate", False)  # pytest would send it from one of its processes to another
     logger.addHandler(handler := RichHandler(console=console, show_path=False))
     logger.error("training row %s", HOSTILE)
     logger.removeHandler(handler)
