@@ -58,7 +58,7 @@ class TextPart(Asked):
     text: Text
 
 
-class Message(Asked):
+class ChatMessage(Asked):
     """A turn of the conversation."""
 
     role: Literal["system", "user", "assistant"]
@@ -79,7 +79,7 @@ class ChatRequest(Asked):
     """The body of a request; the last fields change nothing of an answer and are accepted for the clients that send them."""
 
     model: str | None = None
-    messages: list[Message] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)

@@ -39,14 +39,14 @@ def _swiglu_backward(
         tl.store(out8 + row * width8 + rest, tl.zeros([tail], tl.float32).to(tl.float8e4nv), mask=rest < width8)
 
 
-def swiglu_backward(grad: Tensor, both: Tensor) -> Tensor:
+def run_swiglu_backward(grad: Tensor, both: Tensor) -> Tensor:
     """The gradient (T, 2 I) of gate and up, side by side in `both` (T, 2 I), of that of silu(gate) * up, (T, I)."""
     out = torch.empty_like(both)
     _launch(grad, both, out, out, out, both.shape[1], 1.0, in_fp8=False)
     return out
 
 
-def swiglu_backward_in_fp8(grad: Tensor, both: Tensor, width8: int, room: float) -> tuple[Tensor, Tensor, Tensor]:
+def run_swiglu_backward_in_fp8(grad: Tensor, both: Tensor, width8: int, room: float) -> tuple[Tensor, Tensor, Tensor]:
     """The same; and in e4m3 over a scale for each row, (T, 1), its largest value times `room`: (T, width8), zeros at the end."""
     out = torch.empty_like(both)
     out8 = torch.empty(len(both), width8, dtype=torch.float8_e4m3fn, device=both.device)

@@ -196,7 +196,7 @@ def swiglu_backward(grad: Tensor, both: Tensor) -> Tensor:
     if grad.is_cuda:
         from tasks.training.fast import kernels
 
-        return kernels.swiglu_backward(grad, both)
+        return kernels.run_swiglu_backward(grad, both)
     gate, up = both.chunk(2, 1)
     return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * functional.silu(gate)], 1)
 
@@ -217,7 +217,7 @@ def swiglu_map_backward(
         return _fp8_product(g, low, wt, wts, balance_t), g, low
     from tasks.training.fast import kernels
 
-    g, wide, of_row = kernels.swiglu_backward_in_fp8(grad, both, wt.shape[1], ROOM / F8_MAX)
+    g, wide, of_row = kernels.run_swiglu_backward_in_fp8(grad, both, wt.shape[1], ROOM / F8_MAX)
     low = g @ b
     wide[:, g.shape[1] : g.shape[1] + low.shape[1]] = _to_fp8(low, of_row * balance_t)
     return _scaled_product(wide, of_row, wt, wts, g.dtype), g, low
