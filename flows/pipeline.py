@@ -20,8 +20,8 @@ from tasks.join import join
 from tasks.model import base_model
 from tasks.pack import pack
 from tasks.reading.columns import FIELDS
-from tasks.reading.files.blocks import check_files, resolve_kind
-from tasks.reading.sources import locate_source
+from tasks.reading.files.blocks import check_files, look, resolve_kind
+from tasks.reading.sources import find_files, locate_source
 from tasks.refs import Adapter, Evaluation, HeldOut, Lineage, Prepared, Products, SavedModel, Shards, Source
 from tasks.sample import sample
 from tasks.save import save
@@ -76,6 +76,19 @@ def pipeline(recipe: Recipe, tune_there: Callable[[Recipe, Prepared], Tuned] = t
         adapter, evaluation = tune_there(recipe, prepared)
         told = with_kind(lineage(), reading)
         return save(adapter, evaluation, texts.template, model, model.tokenizer, model.name, recipe.save, told)
+
+
+def describe_sources(recipe: Recipe) -> list[str]:
+    """A line a source file: its format, kind and columns.
+
+    Raises:
+        InputError: as `pipeline`, for a source that it would refuse.
+    """
+    if recipe.catalogue is not None:
+        return []
+    reading = resolve_kind(locate_source(recipe.ingest.sources), recipe.ingest)
+    told = ((file.name, look(file, reading)) for file in find_files(recipe.ingest.sources))
+    return [f"{name}: {seen.format.value} of {reading.kind}; columns {', '.join(seen.columns)}" for name, seen in told]
 
 
 def with_kind(told: Lineage, reading: IngestConfig) -> Lineage:

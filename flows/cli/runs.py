@@ -96,13 +96,17 @@ def _log_to_terminal() -> None:
 def plan(recipe: RecipeName = "default", overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say which stages a run would run, and why; nothing is run."""
     from flows.cli import tables
-    from flows.pipeline import plan_run
+    from flows.pipeline import describe_sources, plan_run
     from flows.recipes import load_recipe
 
-    found = plan_run(load_recipe(recipe, overrides or ()))
+    chosen = load_recipe(recipe, overrides or ())
+    found, sources = plan_run(chosen), describe_sources(chosen)
     if as_json:
-        echo(json.dumps({"stages": [tables.step_as_json(step) for step in found.steps]}, ensure_ascii=False))
+        told = {"stages": [tables.step_as_json(step) for step in found.steps], "sources": sources}
+        echo(json.dumps(told, ensure_ascii=False))
     else:
+        for source in sources:
+            echo(source)
         tables.print_plan(found, SafeConsole())
 
 

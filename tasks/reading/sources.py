@@ -34,6 +34,15 @@ def locate_source(sources: tuple[str, ...]) -> Source:
     Raises:
         InputError: listing everything that is not there or is no plain file.
     """
+    return Source(files=tuple(_source_file(path) for path in find_files(sources)))
+
+
+def find_files(sources: tuple[str, ...]) -> list[Path]:
+    """The files of `locate_source`, unread.
+
+    Raises:
+        InputError: as locate_source.
+    """
     files, problems = dict[Path, None](), list[str]()
     for source in sources:
         try:
@@ -46,7 +55,7 @@ def locate_source(sources: tuple[str, ...]) -> Source:
         raise InputError(
             f"ingest.sources: {listed}. Give paths, globs or URLs of data files, or directories that `datasets` saved."
         )
-    return Source(files=tuple(_source_file(path) for path in files))
+    return list(files)
 
 
 def _match(source: str) -> Iterable[Path]:

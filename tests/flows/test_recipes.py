@@ -23,8 +23,8 @@ def test_shipped_recipe_loads_and_is_named_after_its_file(name: str) -> None:
     assert load_recipe(name).name == name
 
 
-def test_the_four_recipes_are_shipped() -> None:
-    assert shipped_names() == ["as-written", "default", "demo", "fast"]
+def test_the_five_recipes_are_shipped() -> None:
+    assert shipped_names() == ["as-written", "chat", "default", "demo", "fast"]
 
 
 def test_overrides_change_nested_values(recipe: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_look_at_held_out_rows_that_cannot_be_is_refused(recipe: Path, setting
 
 def test_unknown_recipe_names_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"recipe nope: not found; expected one of as-written, default, demo, fast or a \.yaml file"
+        ConfigError, match=r"recipe nope: not found; expected one of as-written, chat, default, demo, fast or a \.yaml file"
     ):
         load_recipe("nope")
 

@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 from tasks.config import IngestConfig
 from tasks.reading.columns import Wanted, check_columns, wanted_columns
 from tasks.reading.conversations import Chooser, conversation_columns, find_kind, parse_lines
-from tasks.reading.files.formats import BOM, FileFormat, find_dialect, find_format, read_header
+from tasks.reading.files.formats import BOM, Dialect, FileFormat, find_dialect, find_format, read_header
 from tasks.reading.files.json_array import array_values, cut_array
 from tasks.reading.files.packing import Allowance, ByteStream, Content, Rejoined, damage_named, seekable, unpacked
 from tasks.reading.files.tabular import (
@@ -39,6 +39,8 @@ class Look(NamedTuple):
     format: FileFormat
     columns: tuple[str, ...]
     """Empty where no row can be read."""
+    dialect: Dialect | None = None
+    """Of delimited text."""
 
 
 def look(path: Path, config: IngestConfig) -> Look:
@@ -50,7 +52,8 @@ def look(path: Path, config: IngestConfig) -> Look:
     with path.open("rb") as raw, damage_named(path), unpacked(raw, path, config.max_inflation) as content:
         head = content.stream.read(HEAD_BYTES)
         found = find_format(head, content.name)
-        return Look(found, tuple(_columns(found, head, content, raw, config)))
+        dialect = find_dialect(head, content.name, config.csv) if found is FileFormat.DELIMITED else None
+        return Look(found, tuple(_columns(found, head, content, raw, config)), dialect)
 
 
 def _columns(found: FileFormat, head: bytes, content: Content, raw: IO[bytes], config: IngestConfig) -> list[str]:
