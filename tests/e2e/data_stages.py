@@ -11,6 +11,7 @@ from flows.recipes import load_recipe
 from tasks.caching.stage import Stage
 from tasks.ingest import ingest
 from tasks.model import base_model
+from tasks.reading.files.blocks import resolve_kind
 from tasks.reading.sources import locate_source
 from tasks.sample import sample
 from tasks.sharegpt import sharegpt
@@ -31,10 +32,11 @@ def run(recipe_file: str) -> dict[str, list[str]]:
         return value
 
     model = base_model(recipe.model)
-    products = step(ingest, locate_source(recipe.ingest.sources), recipe.ingest)
+    source = locate_source(recipe.ingest.sources)
+    products = step(ingest, source, resolve_kind(source, recipe.ingest), ())
     split = step(sample, products, recipe.sample)
     conversations = step(sharegpt, split, recipe.sharegpt)
-    texts = step(template, conversations, model.tokenizer.special, recipe.template)
+    texts = step(template, conversations, model.tokenizer.special, recipe.template, None)
     step(tokenize, texts, model.tokenizer, recipe.tokenize)
     return told
 
