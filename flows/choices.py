@@ -38,6 +38,14 @@ class Format(StrEnum):
     ADAPTER = "adapter"
 
 
+class Written(StrEnum):
+    """The format of a file of products to measure with."""
+
+    JSON_LINES = "json"
+    CSV = "csv"
+    PARQUET = "parquet"
+
+
 class Against(StrEnum):
     """The other side of a comparison."""
 

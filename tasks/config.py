@@ -198,6 +198,7 @@ class IngestConfig(Section):
     """`fail` stops at the first bad line; `quarantine` sets bad lines aside, up to `max_bad_share`."""
     max_bad_share: Share = 0.01
     max_line_bytes: int = Field(default=16 * 2**20, ge=1024, le=2**30)
+    """Longest line of JSON; a row of delimited text may be a quarter of it."""
     drop_empty_title: bool = True
     drop_empty_content: bool = True
     drop_duplicates: bool = True

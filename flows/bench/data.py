@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.bench.processes import module, run_process
-from flows.bench.products import product_file
+from flows.bench.products import product_file, table_file
+from flows.choices import Written
 from tasks.caching.versions import package_versions
 from tasks.refs import InputError, home
 
@@ -75,16 +76,28 @@ class Measured:
 
 
 def bench_data(
-    rows: int, tokenizer: Path, recipe: str, *, sides: tuple[str, ...], turns: tuple[int, ...], repeats: int, console: Console
+    rows: int,
+    tokenizer: Path,
+    recipe: str,
+    *,
+    sides: tuple[str, ...],
+    turns: tuple[int, ...],
+    repeats: int,
+    console: Console,
+    written: Written = Written.JSON_LINES,
 ) -> dict[str, Any]:
     """Measure and print; all numbers, with machine and versions.
 
     Raises:
-        InputError: when the document's code is asked for and Unsloth is not installed.
+        InputError: when the document's code is asked for and Unsloth is not installed, or another format than it reads.
     """
+    if "document" in sides and written is not Written.JSON_LINES:
+        raise InputError(f"bench data: --format {written}: got --against document; expected json, which is all that it reads.")
     if "document" in sides and find_spec("unsloth") is None:
         raise InputError("bench data: --against document: got no package unsloth; expected it. pip install unsloth unsloth_zoo")
-    bench = Bench(product_file(rows, home() / "bench"), rows, tokenizer.absolute(), recipe)
+    lines = product_file(rows, home() / "bench")
+    source = lines if written is Written.JSON_LINES else table_file(lines, written.value)
+    bench = Bench(source, rows, tokenizer.absolute(), recipe)
     measured = list[Measured]()
     for count, side in ((count, side) for count in turns for _ in range(repeats) for side in sides):
         measured.append(measure_data_side(bench, side, count))
@@ -94,6 +107,7 @@ def bench_data(
     return {
         "rows": rows,
         "conversations": bench.conversations,
+        "format": written.value,
         "source_bytes": size,
         "recipe": recipe,
         "machine": machine(),

@@ -130,6 +130,23 @@ def product_file(rows: int, directory: Path) -> Path:
     return path
 
 
+def table_file(lines: Path, ending: str) -> Path:
+    """The file's uids, titles and contents as CSV or Parquet, beside it; made unless it is there."""
+    import polars as pl
+
+    path = lines.with_suffix(f".{ending}")
+    if not path.exists():
+        draft = path.with_name(f".{path.name}-{uuid4().hex}")
+        texts = pl.scan_ndjson(lines, schema=dict.fromkeys(("uid", "title", "content"), pl.String))
+        try:
+            with space_checked(draft, lines.stat().st_size):
+                texts.sink_csv(draft) if ending == "csv" else texts.sink_parquet(draft)
+                draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+    return path
+
+
 def _version() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from flows.choices import Against, Held
+from flows.choices import Against, Held, Written
 
 if TYPE_CHECKING:
     from tasks.refs import Model
@@ -32,6 +32,7 @@ def data(
     recipe: Annotated[str, typer.Option(help="Recipe whose data stages are run.")] = "default",
     turns: Annotated[list[int] | None, typer.Option(help="Turns a conversation; may be repeated; else 1 and 3.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each side; the median counts.")] = 1,
+    written: Annotated[Written, typer.Option("--format", help="Of the file that is read.")] = Written.JSON_LINES,
 ) -> None:
     """From product lines to token ids of 100,000 conversations: seconds, rows/s, MB/s and memory."""
     from flows.bench.data import bench_data
@@ -40,7 +41,8 @@ def data(
 
     directory = tokenizer or Path(base_model(load_recipe(recipe).model).tokenizer.path)
     sides = ("ours", "document") if against else ("ours",)
-    found = bench_data(rows, directory, recipe, sides=sides, turns=tuple(turns or (1, 3)), repeats=repeats, console=Console())
+    asked = tuple(turns or (1, 3))
+    found = bench_data(rows, directory, recipe, sides=sides, turns=asked, repeats=repeats, console=Console(), written=written)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -151,10 +151,10 @@ def json_text(name: str, value: object) -> str:
         return ""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, (Number, float)):
+    if isinstance(value, (Number, int, float)):
         return number_text(str(value))
     if not isinstance(value, str):
-        raise ValueError(f'"{name}" is {KINDS[type(value)]}; expected text')
+        raise ValueError(f'"{name}" is {KINDS.get(type(value), type(value).__name__)}; expected text')
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
         raise ValueError(f'"{name}" holds half a surrogate pair; expected Unicode text')
     return value

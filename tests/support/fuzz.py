@@ -118,3 +118,71 @@ def corpus(count: int, seed: int) -> bytes:
     for size in (7_000_000, 10_000_000, 12_000_000):
         parts.insert(rng.randrange(len(parts)), b'{"uid": "long", "title": "t", "content": "%s"}' % (b"a" * size))
     return b"\n".join(parts)
+
+
+def delimited_corpus(count: int, seed: int) -> tuple[bytes, int]:
+    """A CSV of good rows and rows gone wrong within their line, and how many rows it has.
+
+    Quotes are mutated in a field of their own row only, so that which rows there are is never in doubt.
+    """
+    rng, parts = random.Random(seed), [b"uid,title,content"]
+    odd = (b"\xff", b"\xc3", b"\x00", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"&#8217;", b"\\", b"'", b'""', b"\x1f", b"\x85")
+    for number in range(count):
+        fields = [
+            f"{number:07d}".encode(),
+            *(" ".join(rng.choices(WORDS, k=rng.choice((0, 1, 2, 9)))).encode() for _ in range(2)),
+        ]
+        if rng.random() < 0.3:
+            at = rng.randrange(3)
+            fields[at] = _insert(rng, fields[at], rng.choice(odd))
+        if rng.random() < 0.1:
+            fields = rng.choice((fields[:1], fields[:2], [*fields, b"more"], [*fields, b"", b""]))
+        quoted = [b'"' + field.replace(b'"', b'""') + b'"' if rng.random() < 0.7 or b'"' in field else field for field in fields]
+        parts.append(b",".join(quoted))
+    return b"\n".join(parts) + b"\n", count
+
+
+def odd_rows(count: int, seed: int) -> Iterator[dict[str, object]]:
+    """Rows of JSON values of every kind under the keys of a product."""
+    rng = random.Random(seed)
+    values: tuple[object, ...] = (
+        1,
+        -1.5e3,
+        None,
+        True,
+        [],
+        ["a"],
+        {},
+        {"a": [1]},
+        1e308,
+        10**30,
+        0.1,
+        "a\tb",
+        "\x85",
+        "e\u0301",
+        "\ud800",
+    )
+    for number in range(count):
+        row: dict[str, object] = {"uid": f"{number:07d}"}
+        row |= {name: " ".join(rng.choices(WORDS, k=rng.choice((0, 1, 9)))) for name in ("title", "content")}
+        for _ in range(rng.choice((0, 0, 1, 2))):
+            row[rng.choice(("uid", "title", "content", "x"))] = rng.choice(values)
+        if rng.random() < 0.1:
+            row.pop(rng.choice(("uid", "title", "content")), None)
+        yield row
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """A file with a byte flipped, a stretch overwritten, cut out or doubled, or its end gone."""
+    at, size = rng.randrange(len(data)), rng.choice((1, 1, 4, 64, 4096))
+    match rng.randrange(5):
+        case 0:
+            return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
+        case 1:
+            return data[:at] + rng.randbytes(size) + data[at + size :]
+        case 2:
+            return data[:at] + data[at + size :]
+        case 3:
+            return data[:at] + data[at : at + size] + data[at:]
+        case _:
+            return data[:at]

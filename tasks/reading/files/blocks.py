@@ -29,6 +29,8 @@ from tasks.reading.rows import LineBlock, ParsedBlock, read_block, read_object
 from tasks.refs import InputError, Source
 
 HEAD_BYTES = 2**16
+ROW_SHARE = 4
+"""A row of delimited text may be this part of max_line_bytes: a whole block of them is parsed at a time."""
 
 Block = LineBlock | RowBlock
 
@@ -140,7 +142,7 @@ def _cut_table(
     if found is FileFormat.DELIMITED:
         dialect = find_dialect(head, content.name, config.csv)
         columns = chosen(read_header(head, dialect))
-        yield from cut_delimited(content.stream, path.name, dialect, columns, config.max_line_bytes)
+        yield from cut_delimited(content.stream, path.name, dialect, columns, config.max_line_bytes // ROW_SHARE)
     elif found is FileFormat.ARROW_STREAM:
         yield from cut_arrow_stream(content.stream, chosen)
     else:

@@ -6,6 +6,7 @@ UTF-8. Rows are numbered from 1, in delimited text by the header.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 4096
 BUFFER_BYTES = 2**20
+PIECE_BYTES = 2**18
+"""Text is decoded so much at a time: as Python's it may be four times its bytes."""
+
+NO_TEXT = "\ufffe"
+"""Stands for a byte that is no text until the row is read: pyarrow can tell of a ragged row only if all of it is UTF-8. Unicode
+keeps this code point free of any character."""
 
 Choose = Callable[[list[str]], list[str]]
 """From the columns that are there to those to read; refuses a file that lacks one."""
@@ -99,11 +106,55 @@ def _without_dictionaries(batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
+class Transcoded:
+    """A stream of text in any encoding as UTF-8; each byte that is no text as NO_TEXT."""
+
+    closed = False
+
+    def __init__(self, stream: ByteStream, encoding: str) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder(encoding)(errors="ufffe")
+        self._ready = bytearray()
+        self._ended = False
+
+    def read(self, size: int = -1, /) -> bytes:
+        """So many bytes, fewer only at the end; all where the size is negative."""
+        while not self._ended and (size < 0 or len(self._ready) < size):
+            data = self._stream.read(PIECE_BYTES)
+            self._ended = not data
+            self._ready += self._decoder.decode(data, final=self._ended).encode()
+        end = len(self._ready) if size < 0 else size
+        data = bytes(self._ready[:end])
+        del self._ready[:end]
+        return data
+
+
+def _mark(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return NO_TEXT, error.start + 1
+
+
+codecs.register_error("ufffe", _mark)
+
+
+def _bytes_again(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with a byte that is no text where NO_TEXT stands."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    mark = NO_TEXT.encode()
+    columns = [
+        pc.replace_substring(column, mark, b"\xff") if pc.any(pc.match_substring(column, mark)).as_py() else column
+        for column in batch.columns
+    ]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
 def cut_delimited(stream: ByteStream, name: str, dialect: Dialect, columns: list[str], max_row_bytes: int) -> Iterator[RowBlock]:
     """The rows of a delimited text, its fields as bytes.
 
     Raises:
-        InputError: for a row that is too long, or a text in another encoding than the dialect's.
+        InputError: for a row that is too long.
     """
     import pyarrow as pa
     from pyarrow import csv
@@ -112,7 +163,7 @@ def cut_delimited(stream: ByteStream, name: str, dialect: Dialect, columns: list
 
     def set_aside(bad: Any) -> str:
         what = f"{bad.actual_columns} fields; expected {bad.expected_columns}, as in the header"
-        rejects.append(Reject(bad.number or 0, what, bad.text.encode("utf-8", "surrogateescape"), "row"))
+        rejects.append(Reject(bad.number or 0, what, bad.text.encode(), "row"))
         return "skip"
 
     parse = csv.ParseOptions(
@@ -121,26 +172,28 @@ def cut_delimited(stream: ByteStream, name: str, dialect: Dialect, columns: list
         newlines_in_values=dialect.quote is not None,
         invalid_row_handler=set_aside,
     )
-    read = csv.ReadOptions(use_threads=False, block_size=max_row_bytes, encoding=dialect.encoding)
+    read = csv.ReadOptions(use_threads=False, block_size=max_row_bytes)
     convert = csv.ConvertOptions(
         include_columns=columns, column_types=dict.fromkeys(columns, pa.binary()), strings_can_be_null=False
     )
     try:
-        with csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert) as reader:
+        with csv.open_csv(
+            Transcoded(stream, dialect.encoding), read_options=read, parse_options=parse, convert_options=convert
+        ) as reader:
             for batch in reader:
-                yield RowBlock(batch, row, rejects[:])
-                row += batch.num_rows + len(rejects)
-                rejects.clear()
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name}: got bytes that are no {dialect.encoding} ({error.reason}); expected text. Set ingest.csv.encoding."
-        ) from None
+                for start in range(0, max(batch.num_rows, 1), BATCH_ROWS):
+                    piece = _bytes_again(batch.slice(start, BATCH_ROWS))
+                    yield RowBlock(piece, row, rejects[:])
+                    row += piece.num_rows + len(rejects)
+                    rejects.clear()
+            if rejects:
+                yield RowBlock(pa.RecordBatch.from_pylist([], schema=reader.schema), row, rejects)
     except pa.ArrowInvalid as error:
         if "Empty CSV file" in str(error):
             return
         raise InputError(
-            f"{name}: from row {row} on: got {error}; expected rows of at most max_line_bytes={max_row_bytes:,}, each quote "
-            "closed. Mend the file; set ingest.csv.quote=null if its quotes are text."
+            f"{name}: from row {row} on: got {error}; expected rows of at most {max_row_bytes:,} bytes, a quarter of "
+            "max_line_bytes, each quote closed. Mend the file; set ingest.csv.quote=null if its quotes are text."
         ) from None
 
 

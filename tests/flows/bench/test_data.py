@@ -12,8 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.bench.processes import run_process
-from flows.bench.products import product_file, product_lines
+from flows.bench.products import product_file, product_lines, table_file
 from flows.cli.bench import app
+from tasks.config import IngestConfig
+from tasks.ingest import ingest
+from tasks.reading.sources import locate_source
 from tasks.refs import PipelineError
 from tests.support.tiny import make_tiny_model
 
@@ -70,6 +73,16 @@ def test_cost_is_of_the_whole_process_tree(tmp_path: Path) -> None:
 def test_failure_shows_the_end_of_the_log(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"exit code 1; expected 0\.\n(.*\n)*.*no such thing"):
         run_process([sys.executable, "-c", "raise SystemExit('no such thing')"], tmp_path, os.environ)
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_other_formats_hold_the_same_texts(ending: str, tmp_path: Path) -> None:
+    lines = product_file(1000, tmp_path)
+    path = table_file(lines, ending)
+    assert table_file(lines, ending) == path
+    config = IngestConfig()
+    made = {ingest.fn(locate_source((str(file),)), config).data.digest for file in (lines, path)}
+    assert len(made) == 1
 
 
 def test_command_measures_one_turn_and_three(tmp_path: Path, home: Path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tasks.config import IngestConfig
 from tasks.ingest import ingest
+from tasks.reading.conversations import FURTHER, NEEDED, Kind, Unfit, read_conversation
 from tasks.reading.sources import locate_source
 from tasks.refs import InputError, Products
 from tasks.tables.arrow import read_table
@@ -128,3 +132,27 @@ def test_kind_that_the_columns_do_not_fit_is_named(tmp_path: Path) -> None:
         InputError, match=r"column 'instruction' is not there: got columns messages; .* ingest.kind=alpaca needs it"
     ):
         run([LONG], tmp_path, kind="alpaca")
+
+
+TEXTS = st.text(max_size=5) | st.sampled_from(["user", "assistant", "text", "tool"])
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.binary(max_size=2)
+    | st.text(max_size=5)
+    | st.sampled_from(["user", "assistant", "text", "tool"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "type", "text", "tool_calls"]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.sampled_from(sorted(NEEDED)), st.dictionaries(st.sampled_from([*sum(NEEDED.values(), ()), *FURTHER, "uid"]), JSON))
+def test_any_row_is_a_conversation_or_says_why_not(kind: Kind, row: dict[str, Any]) -> None:
+    with suppress(ValueError):
+        found = read_conversation(row, kind, IngestConfig())
+        assert isinstance(found, Unfit) or len(found.prompts) == len(found.answers) > 0

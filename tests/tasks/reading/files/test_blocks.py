@@ -199,3 +199,10 @@ def test_parquet_bomb_is_refused(tmp_path: Path) -> None:
     column = pa.array(["a" * 2**16] * 4096).dictionary_encode()
     pq.write_table(pa.table({"title": column, "content": column}), tmp_path / "rows.parquet")
     assert "a decompression bomb" in refusal(tmp_path / "rows.parquet", drop_duplicates=False)
+
+
+def test_quote_that_is_never_closed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('uid,title,content\n1,Pan,Iron.\n2,"Lid,Oak.\n' + "3,Cup,Clay.\n" * 100_000)
+    message = refusal(tmp_path / "rows.csv", max_line_bytes=2**16)
+    assert message.startswith("rows.csv: from row 3 on: got ")
+    assert "each quote closed" in message
