@@ -65,6 +65,11 @@ def test_day_is_the_same_every_day() -> None:
     ("jinja", "special", "reason"),
     [
         (THINKING, IM_END, "turns"),
+        (
+            CHATML.replace("{% endfor %}", "{% if loop.index0 == 5 %}{{ 'The end.' }}{% endif %}{% endfor %}"),
+            IM_END,
+            "not rendered alike",
+        ),
         (GEMMA, Special(bos="<bos>", eos="<eos>"), "not by the tokenizer's EOS <eos>"),
         (LLAMA2, S, "a server would ask with '<s>[INST] promptzq0 [/INST]'"),
         ("{{ messages[0]['content'] }}", S, "does not hold each message once"),
