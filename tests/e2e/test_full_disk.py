@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,18 +56,18 @@ class Twice:
         self.failures: dict[str, str] = {}
 
     def start(self, stage: Stage[..., Any], calls: Sequence[Call[Any]]) -> list[Callable[[], Made[Any]]]:
-        return [partial(self.execute_twice, stage, call.inputs) for call in calls]
+        return [partial(self.execute_twice, stage, call) for call in calls]
 
-    def execute_twice(self, stage: Stage[..., Any], inputs: Mapping[str, Any]) -> Made[Any]:
+    def execute_twice(self, stage: Stage[..., Any], call: Call[Any]) -> Made[Any]:
         kept = sorted((self.home / "artifacts").glob("*/*"))
         ballast = fill(self.home.parent)
         with pytest.raises(NoSpaceError) as caught:
-            stage.execute(inputs)
+            stage.execute(call.inputs)
         self.failures[stage.name] = str(caught.value)
         assert sorted((self.home / "artifacts").glob("*/*")) == kept
         assert not [*(self.home / "drafts").glob("*")]
         ballast.unlink()
-        return stage.make(inputs)
+        return stage.make(call.inputs, call.code)
 
 
 @pytest.mark.slow("each stage twice")

@@ -27,7 +27,7 @@ class MadeHere:
         if call.made is not None:
             return call.made
         self.made.append(stage.name)
-        made = stage.make(call.inputs)
+        made = stage.make(call.inputs, call.code)
         write_record(call.key, made.value, made.seconds)
         return made
 
