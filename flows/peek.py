@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -134,7 +135,7 @@ def _join(blocks: Sequence[ParsedBlock], reading: IngestConfig) -> tuple[pa.Tabl
     import polars as pl
     import pyarrow as pa
 
-    dropped = {reason: count for block in blocks for reason, count in block.dropped.items()}
+    dropped = sum((block.dropped for block in blocks), Counter[str]())
     if not blocks:
         raise InputError("peek: no rows: got an empty file; expected at least one row.")
     table = pa.concat_tables([block.table for block in blocks])
@@ -142,7 +143,7 @@ def _join(blocks: Sequence[ParsedBlock], reading: IngestConfig) -> tuple[pa.Tabl
         return table, dropped
     frame, empty = drop_empty(clean(pl.DataFrame(table), reading), reading)
     kept = frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(table.schema)
-    return kept, {reason: count for reason, count in (dropped | empty).items() if count}
+    return kept, +(dropped + Counter(empty))
 
 
 def _counted(files: Sequence[Path], found: Look, lines: int, share: float) -> int | None:

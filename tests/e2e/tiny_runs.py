@@ -14,26 +14,14 @@ from tasks.catalogue import lines
 from tasks.config import CatalogueConfig
 from tests.support.checkout import Checkout, Ended
 from tests.support.tiny import make_tiny_model
+from tests.support.tiny_recipe import TINY
 
 RECIPE: dict[str, Any] = {
-    "device": "cpu",
+    **TINY,
     "ingest": {"on_bad_row": "quarantine", "max_bad_share": 0.1},
     "sample": {"rows": 40, "eval_rows": 6},
     "sharegpt": {"conversation_extension": 2},
-    "tokenize": {"max_tokens": 512},
-    "model": {"load_in_4bit": False, "dtype": "float32"},
-    "finetune": {
-        "backend": "hf",
-        "max_steps": 4,
-        "warmup_steps": 1,
-        "batch_size": 2,
-        "gradient_accumulation": 1,
-        "learning_rate": 1e-3,
-        "optimizer": "adamw_torch",
-        "gradient_checkpointing": "none",
-        "logging_steps": 1,
-        "save_steps": 2,
-    },
+    "finetune": {**TINY["finetune"], "batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 2},
     "evaluate": {"generations": 2, "max_new_tokens": 8, "batch_size": 4},
 }
 

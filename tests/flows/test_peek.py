@@ -54,6 +54,12 @@ def test_rows_are_counted_where_that_is_free(tmp_path: Path) -> None:
     assert (few["rows"], few["is_counted"]) == (7, True)
 
 
+def test_what_is_left_out_is_counted_over_all_blocks(tmp_path: Path) -> None:
+    long = [{"messages": [{"role": "user", "content": "x" * 1000}, *turns]} for turns in ([], TALK[0]["messages"][1:]) * 500]
+    told = json.loads(run("peek", WRITERS["jsonl"](tmp_path / "talk.jsonl", long), "--json"))
+    assert sum(told["dropped"].values()) == 500
+
+
 def test_recipe_that_is_written_plans(tmp_path: Path, model: Path) -> None:
     rows = [{"Código": row, "Nome": f"Pão {row}", "Descrição": "De trigo."} for row in range(50)]
     source = WRITERS["csv"](tmp_path / "produtos.csv", rows)
