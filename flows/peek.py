@@ -25,14 +25,13 @@ from tasks.caching.store import publish
 from tasks.config import IngestConfig, ModelConfig, Recipe
 from tasks.model import base_model
 from tasks.reading.cleaning import clean, drop_empty
-from tasks.reading.conversations import is_conversations
 from tasks.reading.files.blocks import Look, columns_to_read, look, parse_block, read_blocks
 from tasks.reading.files.formats import FileFormat
 from tasks.reading.rows import ParsedBlock
 from tasks.reading.sources import find_files
 from tasks.refs import Artifact, InputError, Model, Special, Split
 from tasks.sharegpt import sharegpt
-from tasks.tables.arrow import list_lengths, read_table, write_table
+from tasks.tables.arrow import is_conversations, list_lengths, read_table, write_table
 from tasks.template import template
 from tasks.text.encoding import load_tokenizer_json
 from tasks.tokenize import tokenize

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import cast
 
 from tasks.baseline import baseline
@@ -21,7 +22,7 @@ from tasks.model import base_model
 from tasks.pack import pack
 from tasks.reading.columns import FIELDS
 from tasks.reading.files.blocks import check_files, look, resolve_kind
-from tasks.reading.sources import find_files, locate_source
+from tasks.reading.sources import locate_source
 from tasks.refs import Adapter, Evaluation, HeldOut, Lineage, Prepared, Products, SavedModel, Shards, Source
 from tasks.sample import sample
 from tasks.save import save
@@ -86,8 +87,9 @@ def describe_sources(recipe: Recipe) -> list[str]:
     """
     if recipe.catalogue is not None:
         return []
-    reading = resolve_kind(locate_source(recipe.ingest.sources), recipe.ingest)
-    told = ((file.name, look(file, reading)) for file in find_files(recipe.ingest.sources))
+    source = locate_source(recipe.ingest.sources)
+    reading = resolve_kind(source, recipe.ingest)
+    told = ((path.name, look(path, reading)) for path in (Path(file.url) for file in source.files))
     return [f"{name}: {seen.format.value} of {reading.kind}; columns {', '.join(seen.columns)}" for name, seen in told]
 
 

@@ -23,13 +23,13 @@ from tasks.caching.store import publish
 from tasks.config import IngestConfig
 from tasks.reading.cleaning import clean, drop_empty, hash_rows, hash_texts
 from tasks.reading.columns import Wanted, product_schema
-from tasks.reading.conversations import conversation_schema, is_conversations
+from tasks.reading.conversations import conversation_schema
 from tasks.reading.counts import LineCounts, check_kept, check_rejected
 from tasks.reading.distinct import Distinct, Hashes
 from tasks.reading.files.blocks import Block, columns_to_read, parse_block, read_blocks, resolve_kind
 from tasks.reading.rows import Reject
 from tasks.refs import InputError, Products, Source
-from tasks.tables.arrow import write_table
+from tasks.tables.arrow import is_conversations, write_table
 from tasks.tables.progress import metered
 from tasks.tables.streams import fixed_batches, in_order
 

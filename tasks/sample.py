@@ -24,7 +24,7 @@ from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.config import SampleConfig
 from tasks.refs import Artifact, InputError, Products, Split
-from tasks.tables.arrow import Gather, Rows, batch_ranges, read_table, write_table
+from tasks.tables.arrow import Gather, Rows, batch_ranges, is_conversations, read_table, write_table
 from tasks.tables.progress import counted
 from tasks.tables.streams import in_order
 
@@ -70,7 +70,7 @@ def compared(table: pa.Table) -> pa.Table:
     """
     import pyarrow as pa
 
-    if "prompts" not in table.column_names:
+    if not is_conversations(table.schema):
         return table
 
     def digests(batch: pa.RecordBatch) -> pa.RecordBatch:

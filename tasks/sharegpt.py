@@ -21,7 +21,17 @@ from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.config import SharegptConfig
 from tasks.refs import Artifact, Split
-from tasks.tables.arrow import Gather, bounded_ranges, list_lengths, one_batch, read_table, row_lists, text_bytes, write_table
+from tasks.tables.arrow import (
+    Gather,
+    bounded_ranges,
+    is_conversations,
+    list_lengths,
+    one_batch,
+    read_table,
+    row_lists,
+    text_bytes,
+    write_table,
+)
 from tasks.tables.progress import counted
 from tasks.tables.streams import in_order
 from tasks.text.merged_prompt import PromptBlock, merge_columns, parse_merged_prompt
@@ -61,7 +71,7 @@ def write_conversations(products: Path, draft: Path, config: SharegptConfig, *, 
     import pyarrow as pa
 
     table = read_table(products)
-    if "prompts" in table.column_names:
+    if is_conversations(table.schema):
         return write_as_they_are(table, draft)
     blocks = parse_merged_prompt(config.merged_prompt, [name for name in table.column_names if name != "uid"])
     write_table(draft / "turns.arrow", _turns_schema(), _turns(table, blocks, config.output_column))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tasks.config import IngestConfig
-from tasks.reading.conversations import is_conversations
 from tasks.reading.distinct import Hashes
+from tasks.tables.arrow import is_conversations
 
 if TYPE_CHECKING:
     import polars as pl

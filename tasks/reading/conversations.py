@@ -96,11 +96,6 @@ def conversation_schema() -> pa.Schema:
     return pa.schema([("uid", pa.string()), ("system", pa.string()), ("prompts", texts), ("answers", texts)])
 
 
-def is_conversations(schema: pa.Schema) -> bool:
-    """Whether a table holds conversations and not products."""
-    return "prompts" in schema.names
-
-
 def read_conversation(row: Row, kind: Kind, config: IngestConfig) -> Conversation | Unfit:
     r"""A row's conversation, or why nothing can be learnt from it.
 

@@ -23,6 +23,11 @@ BATCH_BYTES = 32 * 2**20
 Rows = NDArray[np.integer]
 
 
+def is_conversations(schema: pa.Schema) -> bool:
+    """Whether a table holds conversations (tasks/reading/conversations.py) and not products."""
+    return "prompts" in schema.names
+
+
 def read_table(path: Path) -> pa.Table:
     """An Arrow IPC stream, mapped into memory."""
     import pyarrow as pa
