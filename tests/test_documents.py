@@ -12,7 +12,7 @@ from typer.main import get_command
 from flows.cli.main import app
 from tests.support.checkout import PROJECT
 
-README_LINES = 165
+README_LINES = 150
 ROOTS = (".ci", ".github", "deployments", "docker", "flows", "tasks", "tests")
 """What a path of the project begins with."""
 PATH = re.compile(rf"(?<![\w./~-])(?:{'|'.join(map(re.escape, ROOTS))})/[\w./-]*")
