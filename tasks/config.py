@@ -212,11 +212,6 @@ class IngestConfig(Section):
     block_bytes: int = aside(4 * 2**20, ge=2**16, le=2**30)
     """Bytes parsed at a time by one thread; bounds memory, never changes the result."""
 
-    @property
-    def holds_products(self) -> bool:
-        """Whether the rows are products and not conversations; of `auto`, until a source is looked at."""
-        return self.kind in ("auto", "products")
-
 
 class SampleConfig(Section):
     """Seeded shuffle and selection: `shuffle(seed).select(range(rows))` of the document."""

@@ -35,7 +35,7 @@ class AskOptions:
 
 def takes_prompts(recipe: Recipe) -> bool:
     """Whether a model was trained on conversations, and not on products."""
-    return not recipe.ingest.holds_products
+    return recipe.ingest.kind not in ("auto", "products")
 
 
 def answer_titles(saved: Saved, options: AskOptions, *, read: Callable[[str], str], say: Callable[[str], None]) -> None:

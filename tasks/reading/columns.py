@@ -60,7 +60,7 @@ def check_columns(file: str, there: Sequence[str], wanted: Wanted, config: Inges
     Raises:
         InputError: naming the columns that are there.
     """
-    optional = ("uid",) if config.holds_products else ("uid", "system", "input")
+    optional = ("uid",) if config.kind in ("auto", "products") else ("uid", "system", "input")
     needed = {ours: theirs for ours, theirs in wanted.items() if ours not in optional or (ours == "uid" and config.columns.uid)}
     for ours, theirs in needed.items():
         if there.count(theirs) == 1:
@@ -68,7 +68,7 @@ def check_columns(file: str, there: Sequence[str], wanted: Wanted, config: Inges
         shown = ", ".join(there[:30]) or "none"
         if ours in FIELDS:
             way = f"Set ingest.columns.{ours} to one of these."
-        elif not config.holds_products:
+        elif config.kind not in ("auto", "products"):
             way = f"ingest.kind={config.kind} needs it: set another kind, or auto."
         else:
             way = f"sharegpt.merged_prompt names it: write one of these as {{{ours}}}."

@@ -164,14 +164,14 @@ def resolve_kind(source: Source, config: IngestConfig) -> IngestConfig:
 
 def columns_to_read(config: IngestConfig, extra: Sequence[str]) -> Wanted:
     """{our column: the file's} of the kind that the settings name."""
-    if config.holds_products:
+    if config.kind in ("auto", "products"):
         return wanted_columns(config, extra)
     return conversation_columns(config.kind, config)
 
 
 def parse_block(block: Block, file: str, config: IngestConfig, wanted: Wanted) -> ParsedBlock:
     """The block's rows as the wanted columns, or as conversations."""
-    if not config.holds_products:
+    if config.kind not in ("auto", "products"):
         choose = Chooser(config.kind, file, config)
         if isinstance(block, LineBlock):
             return parse_lines(block, choose, config)
