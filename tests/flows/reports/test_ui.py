@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
-import httpx
 import pytest
 
 from flows.reports.ui import Artifacts
@@ -19,9 +18,13 @@ from tests.support.tuned import artifact_of
 BEGAN = RunBegan(Run("demo", {}))
 
 
-def artifacts_at(api: str, flow_run: Any) -> list[tuple[str, Any]]:
-    rows = httpx.post(f"{api}/artifacts/filter", json={"flow_runs": None}).json()
-    return [(row["key"], row["data"]) for row in rows if row["flow_run_id"] == str(flow_run)]
+def artifacts_of(flow_run: UUID) -> list[tuple[str | None, Any]]:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+    with get_client(sync_client=True) as client:
+        rows = client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run])))
+    return [(row.key, row.data) for row in rows]
 
 
 def test_artifact_is_made_once_and_then_updated(prefect_api: str) -> None:
@@ -31,7 +34,7 @@ def test_artifact_is_made_once_and_then_updated(prefect_api: str) -> None:
     for text in ("# One", "# Two"):
         shown.hear(Noticed("worker", "steps", text))
     shown.close()
-    assert artifacts_at(prefect_api, flow_run) == [("demo-worker", "# Two")]
+    assert artifacts_of(flow_run) == [("demo-worker", "# Two")]
 
 
 def test_training_is_shown_as_it_goes(prefect_api: str) -> None:
@@ -41,7 +44,7 @@ def test_training_is_shown_as_it_goes(prefect_api: str) -> None:
     for step, loss in ((5, 3.5), (10, 2.5)):
         shown.hear(StepsLogged(step, 20, loss, 1.0, 1e-4, 100.0, 7.0))
     shown.close()
-    found = dict(artifacts_at(prefect_api, flow_run))
+    found = dict(artifacts_of(flow_run))
     assert found["demo-training-progress"] == 50
     assert "| loss | 2.5 |" in found["demo-training"]
 
@@ -57,8 +60,8 @@ def test_artifacts_go_to_the_server_of_their_maker(prefect_api: str, caplog: pyt
         shown.hear(BEGAN)
         shown.hear(Noticed("worker", "steps", "# One"))
         shown.close()
-    assert artifacts_at(prefect_api, first) == []
-    assert artifacts_at(prefect_api, second) == [("demo-worker", "# One")]
+    assert artifacts_of(first) == []
+    assert artifacts_of(second) == [("demo-worker", "# One")]
     assert "the Prefect UI could not be told of this run (ConnectError: " in caplog.text
 
 
@@ -70,7 +73,7 @@ def test_no_artifact_leads_to_a_file_which_no_browser_would_open(prefect_api: st
     shown.hear(BEGAN)
     shown.hear(ModelSaved(BEGAN.run, SavedModel(data=Artifact(kind="saved-model", digest="ab"), name="mine"), link, page))
     shown.close()
-    found = dict(artifacts_at(prefect_api, flow_run))
+    found = dict(artifacts_of(flow_run))
     assert "file://" not in str(found)
     assert str(page) in found["demo-report"]
     assert str(link) in found["demo-model"]
@@ -85,4 +88,4 @@ def test_a_training_calls_a_mean_a_mean(prefect_api: str, home: Path) -> None:
     shown.hear(BEGAN)
     shown.hear(StageEnded({"name": "finetune"}, {}, adapter))
     shown.close()
-    assert "| mean loss of the first steps | 3 |" in dict(artifacts_at(prefect_api, flow_run))["demo-training"]
+    assert "| mean loss of the first steps | 3 |" in dict(artifacts_of(flow_run))["demo-training"]

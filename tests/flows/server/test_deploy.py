@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -40,25 +39,26 @@ def remove_pools(client: SyncPrefectClient) -> None:
         client.delete_work_pool(pool.name)
 
 
-def template_on(url: str, pool: str = deploy.CPU_POOL) -> dict[str, Any]:
-    """As the UI reads it."""
-    return httpx.get(f"{url}/work_pools/{pool}").raise_for_status().json()["base_job_template"]
+def template_on(client: SyncPrefectClient, pool: str = deploy.CPU_POOL) -> dict[str, Any]:
+    return client.read_work_pool(pool).base_job_template
 
 
-def variables_on(url: str, pool: str = deploy.CPU_POOL) -> dict[str, Any]:
-    return template_on(url, pool)["variables"]["properties"]
+def variables_on(client: SyncPrefectClient, pool: str = deploy.CPU_POOL) -> dict[str, Any]:
+    return template_on(client, pool)["variables"]["properties"]
 
 
-def put_template(url: str, template: dict[str, Any], pool: str = deploy.CPU_POOL) -> None:
-    """As the UI writes it."""
-    httpx.patch(f"{url}/work_pools/{pool}", json={"base_job_template": template}).raise_for_status()
+def put_template(client: SyncPrefectClient, template: dict[str, Any], pool: str = deploy.CPU_POOL) -> None:
+    """As the UI does."""
+    from prefect.client.schemas.actions import WorkPoolUpdate
+
+    client.update_work_pool(pool, WorkPoolUpdate(base_job_template=template))
 
 
-def edit(url: str) -> dict[str, Any]:
+def edit(client: SyncPrefectClient) -> dict[str, Any]:
     """Give the runs of pool cpu another environment, as the UI's form of defaults does; what the server then has."""
-    template = template_on(url)
+    template = template_on(client)
     template["variables"]["properties"]["env"]["default"]["AMAZON_FT_DATA"] = "/mine"
-    put_template(url, template)
+    put_template(client, template)
     return template
 
 
@@ -72,14 +72,14 @@ def ship_another(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("before", ["ours", "of 0.1.0"])
 def test_an_edited_template_is_kept_and_how_to_take_ours_is_said(
-    client: SyncPrefectClient, prefect_api: str, caplog: pytest.LogCaptureFixture, before: str
+    client: SyncPrefectClient, caplog: pytest.LogCaptureFixture, before: str
 ) -> None:
     deploy.set_up_pools(PoolType.PROCESS, 1)
     if before == "of 0.1.0":
-        put_template(prefect_api, SHIPPED)
-    edited = edit(prefect_api)
+        put_template(client, SHIPPED)
+    edited = edit(client)
     deploy.set_up_pools(PoolType.PROCESS, 1)
-    assert template_on(prefect_api) == edited
+    assert template_on(client) == edited
     assert [record.getMessage() for record in caplog.records if record.name == "flows.server.deploy"] == [
         "work pool cpu: its job template was edited on the server and is kept. For ours in its place: amazon-ft deploy --pools "
         "process --overwrite-templates, or delete the pool (prefect work-pool delete cpu) and deploy again."
@@ -87,17 +87,17 @@ def test_an_edited_template_is_kept_and_how_to_take_ours_is_said(
 
 
 def test_a_template_that_nobody_edited_follows_a_new_version(
-    client: SyncPrefectClient, prefect_api: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     deploy.set_up_pools(PoolType.PROCESS, 1)
     ship_another(tmp_path / "next", monkeypatch)
     deploy.set_up_pools(PoolType.PROCESS, 1)
-    assert all("a new version" in variables_on(prefect_api, pool)["working_dir"]["description"] for pool in POOLS)
+    assert all("a new version" in variables_on(client, pool)["working_dir"]["description"] for pool in POOLS)
     assert not caplog.records
 
 
 def test_a_template_of_0_1_0_is_ours_as_long_as_it_is_the_shipped_one(
-    client: SyncPrefectClient, prefect_api: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefect.client.schemas.actions import WorkPoolCreate
 
@@ -105,32 +105,32 @@ def test_a_template_of_0_1_0_is_ours_as_long_as_it_is_the_shipped_one(
     deploy.set_up_pools(PoolType.PROCESS, 1)
     ship_another(tmp_path / "next", monkeypatch)
     deploy.set_up_pools(PoolType.PROCESS, 1)
-    assert "a new version" in variables_on(prefect_api)["working_dir"]["description"]
+    assert "a new version" in variables_on(client)["working_dir"]["description"]
 
 
 def test_an_edit_is_still_one_when_a_new_version_comes(
-    client: SyncPrefectClient, prefect_api: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deploy.set_up_pools(PoolType.PROCESS, 1)
-    edited = edit(prefect_api)
+    edited = edit(client)
     ship_another(tmp_path / "next", monkeypatch)
     deploy.set_up_pools(PoolType.PROCESS, 1)
-    assert template_on(prefect_api) == edited
+    assert template_on(client) == edited
 
 
 def test_the_number_of_trainings_is_brought_up_to_date_beside_an_edited_template(
     client: SyncPrefectClient, prefect_api: str
 ) -> None:
     deploy.set_up_pools(PoolType.PROCESS, 1)
-    put_template(prefect_api, edited := template_on(prefect_api, "cuda") | {"mine": True}, "cuda")
+    put_template(client, edited := template_on(client, "cuda") | {"mine": True}, "cuda")
     deploy.set_up_pools(PoolType.PROCESS, 3)
     assert client.read_work_pool("cuda").concurrency_limit == 3
-    assert template_on(prefect_api, "cuda") == edited
+    assert template_on(client, "cuda") == edited
 
 
 def test_what_we_write_is_the_shipped_template_and_its_digest(client: SyncPrefectClient, prefect_api: str) -> None:
     deploy.set_up_pools(PoolType.PROCESS, 1)
-    written = template_on(prefect_api)
+    written = template_on(client)
     assert written["variables"].pop("$comment").startswith("amazon-ft ")
     assert written == SHIPPED
 
@@ -150,9 +150,9 @@ def test_the_command_keeps_an_edited_template_unless_it_is_told_to_overwrite(
         return caplog.text
 
     deploy.set_up_pools(PoolType.PROCESS, 1)
-    edited = edit(prefect_api)
+    edited = edit(client)
     assert "work pool cpu: its job template was edited on the server and is kept." in command()
-    assert template_on(prefect_api) == edited
+    assert template_on(client) == edited
     assert "is kept" not in command("--overwrite-templates")
-    assert template_on(prefect_api) != edited
-    assert "AMAZON_FT_DATA" not in variables_on(prefect_api)["env"]["default"]
+    assert template_on(client) != edited
+    assert "AMAZON_FT_DATA" not in variables_on(client)["env"]["default"]
