@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import cast
+from typing import Annotated
 
 from prefect import flow
-from prefect.client.schemas.objects import State
+from pydantic import Field
 
-from flows.recipes import check_until, override
-from flows.running.child import ChildError
+from flows.choices import StageName
+from flows.recipes import check_until, override, override_pattern
 from flows.running.cluster import task_runner
 from flows.running.deployed import recipe_name, supervised
 from flows.running.dispatch import dispatch
@@ -19,9 +19,12 @@ from tasks.caching.engine import PrefectEngine
 from tasks.config import Recipe
 from tasks.refs import SavedModel
 
+Override = Annotated[str, Field(pattern=override_pattern())]
+"""KEY=VALUE; a wrong key is refused where the run is submitted."""
+
 
 @flow(name="amazon-ft", flow_run_name=recipe_name, task_runner=task_runner())
-def amazon_ft(config: Recipe, overrides: tuple[str, ...] = (), until: str | None = None) -> SavedModel | None:
+def amazon_ft(config: Recipe, overrides: tuple[Override, ...] = (), until: StageName | None = None) -> SavedModel | None:
     """From a product file to a fine-tuned model.
 
     Args:
@@ -29,11 +32,10 @@ def amazon_ft(config: Recipe, overrides: tuple[str, ...] = (), until: str | None
         overrides: single values to change, such as `finetune.learning_rate=1e-4`.
         until: the stage to end with; None for all.
     """
-    recipe = override(config, overrides)
-    check_until(until, recipe)
-    try:
-        with supervised():
-            return run_recipe(recipe, until, PrefectEngine(), partial(dispatch, train_here=amazon_ft_train))
-    except ChildError as end:
-        state = State(type=end.state.type, name=end.state.name, message=str(end))
-        return cast("SavedModel", state)  # Prefect takes a state that a flow returns for its own
+
+    def body() -> SavedModel | None:
+        recipe = override(config, overrides)
+        check_until(until, recipe)
+        return run_recipe(recipe, until, PrefectEngine(), partial(dispatch, train_here=amazon_ft_train))
+
+    return supervised(body)

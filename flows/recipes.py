@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from flows.choices import StageName
@@ -39,6 +40,20 @@ def check_until(until: str | None, recipe: Recipe) -> None:
     stages = [stage.value for stage in StageName if not left_out.get(stage)]
     if until is not None and until not in stages:
         raise ConfigError(f"until: no such stage in recipe {recipe.name}: got {until}; expected one of {', '.join(stages)}.")
+
+
+def override_pattern() -> str:
+    """The regular expression of `KEY=VALUE` for every key of a recipe: in the schema of a flow's parameters it lets the server
+    refuse a wrong key before there is a run.
+    """
+    return f"^ *({'|'.join(_keys(Recipe))}) *="
+
+
+def _keys(model: type[BaseModel]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        inner = _section(field)
+        more = rf"(\.({'|'.join(_keys(inner))}))?" if inner else ""
+        yield f"{name}{more}"
 
 
 def short_digest(recipe: Recipe) -> str:
@@ -159,7 +174,11 @@ def _explain(detail: ErrorDetails) -> list[str]:
 def _allowed(path: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = Recipe
     for part in path:
-        field = model.model_fields[str(part)]
-        options = getattr(field.annotation, "__args__", (field.annotation,))
-        model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+        model = _section(model.model_fields[str(part)]) or model
     return sorted(model.model_fields)
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that is a section of its own."""
+    options = get_args(field.annotation) or (field.annotation,)
+    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)

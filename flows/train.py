@@ -28,10 +28,14 @@ def amazon_ft_train(recipe: Recipe, prepared: Prepared, until: str | None = None
         until: the stage to end with; None for all.
         run: the parent's run record, by its id; None in the parent's process.
     """
-    observers = subscribers(recipe.tracking, run)
-    record = open_run(
-        recipe.name, recipe.model_dump(mode="json"), until=until, child=True, engine=PrefectEngine(), observers=observers
-    )
-    with supervised(), record, held_gpus(recipe.device, gpus_wanted(recipe.finetune)), suppress(StageReached):
-        return tune(recipe, prepared.model_copy(update={"model": with_weights(prepared.model)}))
-    return None
+
+    def body() -> Tuned | None:
+        observers = subscribers(recipe.tracking, run)
+        record = open_run(
+            recipe.name, recipe.model_dump(mode="json"), until=until, parent=run, engine=PrefectEngine(), observers=observers
+        )
+        with record, held_gpus(recipe.device, gpus_wanted(recipe.finetune)), suppress(StageReached):
+            return tune(recipe, prepared.model_copy(update={"model": with_weights(prepared.model)}))
+        return None
+
+    return supervised(body)

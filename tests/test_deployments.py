@@ -137,7 +137,7 @@ def test_schedules_that_are_on_stay_on_when_deployments_are_registered_anew(pref
         flow = client.create_flow_from_name("scheduled")
         schedules = [DeploymentScheduleCreate(schedule=each, active=True) for each in (weekly, daily)]
         deployment = client.create_deployment(flow, "scheduled", schedules=schedules)
-        before = deploy._switched_on()
+        before = {deployment: client.read_deployment(deployment).schedules}
         for each in client.read_deployment(deployment).schedules:
             client.delete_deployment_schedule(deployment, each.id)
         client.create_deployment_schedules(deployment, [(weekly, False)])  # what the file says

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from flows.cli import bench, cache, models, runs, servers, sources
+from flows.cli import bench, cache, history, models, runs, servers, sources
 from flows.cli.options import FAILED, WRONG_INPUT, Debug, err
 from flows.running.interruption import Interrupted, be_interruptible
 
@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="From a product file to a fine-tuned language model.",
 )
-for group in (runs, sources, servers, models):
+for group in (runs, history, sources, servers, models):
     app.add_typer(group.app)
 app.add_typer(cache.app, name="cache")
 app.add_typer(bench.app, name="bench")

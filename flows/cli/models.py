@@ -1,7 +1,8 @@
-"""The commands of saved models: ask, export, serve."""
+"""The commands of saved models: models, ask, export, serve."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated
 import typer
 
 from flows.choices import Format
-from flows.cli.options import echo, err
+from flows.cli.options import SafeConsole, echo, err
 from flows.running.bars import hide_bars
 
 app = typer.Typer()
@@ -19,6 +20,18 @@ app = typer.Typer()
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="A saved model's directory, RECIPE/NAME, or a recipe that has run.")
 ]
+
+
+@app.command()
+def models(as_json: Annotated[bool, typer.Option("--json", help="As one JSON list.")] = False) -> None:
+    """List the saved models of AMAZON_FT_HOME, newest first."""
+    from flows.models.saved import list_saved, show_models
+
+    found = list_saved()
+    if as_json:
+        echo(json.dumps(found, ensure_ascii=False))
+    else:
+        show_models(found, SafeConsole())
 
 
 @app.command()

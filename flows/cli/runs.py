@@ -1,4 +1,4 @@
-"""The commands of runs: run, plan, runs, compare."""
+"""The commands of a recipe: run, plan."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import sys
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -77,7 +76,7 @@ def _run_flow(recipe: Recipe, until: StageName | None, debug: bool) -> SavedMode
         from flows.amazon_ft import amazon_ft
 
         _log_to_terminal()
-        return amazon_ft(recipe, until=until.value if until else None)
+        return amazon_ft(recipe, until=until)
 
 
 def _log_to_terminal() -> None:
@@ -108,33 +107,3 @@ def plan(recipe: RecipeName = "default", overrides: Overrides = None, as_json: A
         for source in sources:
             echo(source)
         tables.print_plan(found, SafeConsole())
-
-
-@app.command()
-def runs(as_json: Annotated[bool, typer.Option("--json", help="As one JSON list.")] = False) -> None:
-    """List the runs of AMAZON_FT_HOME, newest first."""
-    from flows.reports.history import listing, show_runs
-
-    found = listing()
-    if as_json:
-        echo(json.dumps(found, ensure_ascii=False))
-    else:
-        show_runs(found, SafeConsole())
-
-
-@app.command()
-def compare(
-    first: Annotated[str, typer.Argument(metavar="RUN", help="An id, the beginning of one, last, or last~N.")],
-    second: Annotated[str, typer.Argument(metavar="RUN", help="The other.")],
-    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
-) -> None:
-    """Say what differs between two runs: settings, data, metrics."""
-    from flows.reports.history import compare_runs, find_run, show_comparison
-    from tasks.caching.runs import past_runs
-
-    past = past_runs()
-    found = compare_runs(find_run(first, past), find_run(second, past))
-    if as_json:
-        echo(json.dumps(asdict(found), ensure_ascii=False))
-    else:
-        show_comparison(found, SafeConsole())

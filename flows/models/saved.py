@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -16,6 +17,9 @@ from tasks.caching.runs import past_runs
 from tasks.config import Recipe
 from tasks.reading.model_files import directory_model, directory_tokenizer, read_json
 from tasks.refs import InputError, Model, home
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ADAPTER = "adapter_config.json"
 PROMOTED = "promoted"
@@ -63,6 +67,43 @@ def find_saved(name: str) -> Saved:
     _check_intact(path)
     settings = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
     return Saved(path, build_recipe(settings, where=f"{path / 'recipe.yaml'}"))
+
+
+def list_saved() -> list[dict[str, Any]]:
+    """Every saved model, newest first: model (RECIPE/NAME), promoted, saved, nll, base, path; one that can't be read without."""
+    links = [path.parent for path in (home() / "models").glob(f"*/*/{ADAPTER}") if path.parent.name != PROMOTED]
+    return [_entry(link) for link in sorted(links, key=lambda link: link.lstat().st_mtime, reverse=True)]
+
+
+def _entry(link: Path) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
+    with suppress(InputError, OSError):
+        told, measured = read_json(link / "lineage.json"), read_json(link / "metrics.json")
+    return {
+        "model": f"{link.parent.name}/{link.name}",
+        "promoted": (link.parent / PROMOTED).resolve() == link.resolve(),
+        "saved": time.strftime("%Y-%m-%d %H:%M", time.localtime(link.lstat().st_mtime)),
+        "nll": measured.get("tuned", {}).get("nll"),
+        "base": told.get("base_model", {}).get("name"),
+        "path": str(link.resolve()),
+    }
+
+
+def show_models(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """One line a model."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    for name in ("model", "saved"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("nll", justify="right")
+    for name in ("promoted", "base"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        nll = "" if row["nll"] is None else f"{row['nll']:.4f}"
+        table.add_row(row["model"], row["saved"], nll, "yes" if row["promoted"] else "", row["base"] or "unreadable")
+    console.print(table)
 
 
 def _check_intact(path: Path) -> None:

@@ -46,7 +46,7 @@ def find_run(name: str, past: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         InputError: when there is none or several.
     """
     if match := LAST.fullmatch(name):
-        found = [run for run in past if not run.get("child")][int(match[1] or 0) :][:1]
+        found = [run for run in past if run.get("parent") is None][int(match[1] or 0) :][:1]
     else:
         found = [run for run in past if run["id"] == name] or [run for run in past if run["id"].startswith(name)]
     if len(found) == 1:
@@ -96,12 +96,12 @@ def _outputs(stages: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def state(run: Mapping[str, Any]) -> str:
-    """How a run came out: completed, running, failed (a stage did), or stopped."""
+    """How a run came out: completed, running, failed, or stopped from without."""
     if run["finished"]:
         return "completed"
     if is_locked(home() / "runs" / f"{run['id']}.lock"):
         return "running"
-    return "failed" if any(entry["state"] == "failed" for entry in run["stages"]) else "stopped"
+    return "failed" if run["error"] else "stopped"
 
 
 def listing() -> list[dict[str, Any]]:
@@ -116,7 +116,7 @@ def listing() -> list[dict[str, Any]]:
             "promoted": (run.get("verdict") or {}).get("promoted"),
         }
         for run in runs.past_runs()
-        if not run["child"]
+        if run["parent"] is None
     ]
 
 

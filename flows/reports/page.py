@@ -21,7 +21,7 @@ from flows.reports.results import Results, flat, read_optional_json
 from tasks.caching.context import context
 from tasks.caching.files import write_atomic
 from tasks.caching.runs import Run
-from tasks.refs import Products, SavedModel, Split, home
+from tasks.refs import InputError, Products, SavedModel, Split, home
 from tasks.reporting import plots
 from tasks.reporting.markdown import number
 from tasks.reporting.model_card import FIGURES
@@ -51,6 +51,23 @@ HIGHER = {"rouge1", "rouge2", "rougeL", "bleu", "chrf", "ends"}
 def report_path(recipe_name: str) -> Path:
     """Where the newest report of a recipe lies, beside the links to its models."""
     return home() / "models" / recipe_name / "report.html"
+
+
+def find_report(recipe_name: str | None) -> Path:
+    """The report of a recipe, or the newest of all.
+
+    Raises:
+        InputError: when there is none.
+    """
+    found = list((home() / "models").glob("*/report.html"))
+    if recipe_name is not None:
+        found = [path for path in found if path == report_path(recipe_name)]
+    if not found:
+        raise InputError(
+            f"report of {recipe_name or 'the newest model'}: got none under {home() / 'models'}; expected a model to be saved. "
+            f"Run amazon-ft run {recipe_name or 'demo'}."
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def write_report(recipe: Recipe, saved: SavedModel) -> Path | None:

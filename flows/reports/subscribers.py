@@ -1,7 +1,8 @@
-"""Who hears of a run beside its record: the Prefect UI of a deployed one, and the recipe's tracker."""
+"""Who hears of a run beside its record: its log, the Prefect UI of a deployed one, and the recipe's tracker."""
 
 from __future__ import annotations
 
+from flows.reports.run_log import RunLog
 from flows.reports.trackers import Tracking, check_tracking
 from flows.reports.ui import Artifacts
 from flows.running.deployed import flow_run_id
@@ -13,7 +14,7 @@ UI_SECONDS, TRACKER_SECONDS = 10.0, 120.0
 
 
 def subscribers(config: TrackingConfig, run: str | None = None) -> tuple[Observer, ...]:
-    """Return those of a run, each on a thread of its own.
+    """Return those of a run; each but the log on a thread of its own.
 
     Args:
         config: names the tracker.
@@ -23,7 +24,7 @@ def subscribers(config: TrackingConfig, run: str | None = None) -> tuple[Observe
         ConfigError: when the tracker is not installed.
     """
     check_tracking(config)
-    found: list[Observer] = []
+    found: list[Observer] = [RunLog(run)]
     if (flow_run := flow_run_id()) is not None:
         found.append(Detached(Artifacts(flow_run), "the Prefect UI", close_seconds=UI_SECONDS))
     if config.report_to != "none":

@@ -1,19 +1,25 @@
-"""A flow run that a worker started: known by its deployment, logged to the server, ended with its worker."""
+"""A flow run that a worker started: known by its deployment, logged to the server, ended with its worker and in a word."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 from flows.running import supervisor
+from flows.running.child import ChildError
 from tasks.config import Recipe
-from tasks.reporting.visible import log_visibly
+from tasks.refs import PipelineError
+from tasks.reporting.visible import log_visibly, visible
 
 if TYPE_CHECKING:
     from uuid import UUID
+
+    from prefect.client.schemas.objects import State
+
+R = TypeVar("R")
 
 
 def flow_run_id() -> UUID | None:
@@ -71,28 +77,71 @@ def outlive_worker() -> None:
     sys.stdout, sys.stderr = cast("TextIO", Unbroken(sys.stdout)), cast("TextIO", Unbroken(sys.stderr))
 
 
-@contextmanager
-def supervised() -> Generator[None]:
-    """Surround the body of a deployed flow with what it needs; with nothing for one that runs in its caller's process.
+def supervised(body: Callable[[], R]) -> R:
+    """Return what the body of a flow does; of a deployed one that failed the state to end in, which Prefect takes for its own.
+
+    Such a state says in words what a user did wrong or how the training ended; an error would be logged with a stack trace at
+    each level of Prefect's engine.
 
     Raises:
         WorkerGone: when the worker was killed; the flow run becomes Crashed with these words.
     """
     if flow_run_id() is None:
-        yield
-        return
+        return body()
     from prefect.exceptions import TerminationSignal
 
     for name in ("tasks", "flows"):
         logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger("prefect.engine").addFilter(has_no_state)
+    logging.getLogger("prefect.flow_runs").addFilter(has_no_state)
     log_visibly()
     outlive_worker()
     supervisor.end_with_worker()
     try:
-        yield
+        return body()
+    except PipelineError as error:
+        return cast("R", state_after(error))
     except TerminationSignal:
         if supervisor.worker_is_gone():
             raise supervisor.WorkerGone(
                 "The worker that ran this was killed or lost. Finished stages are kept; run again."
             ) from None
+        if is_being_cancelled():
+            return cast("R", final_state("CANCELLED", "Cancelled; finished stages are kept, and a training's last checkpoint."))
         raise
+
+
+def is_being_cancelled() -> bool:
+    """Whether a person's wish to cancel is why a signal came: Prefect would call the run Crashed until its worker knows."""
+    import httpx
+    from prefect.client.orchestration import get_client
+
+    run = flow_run_id()
+    with suppress(httpx.HTTPError), get_client(sync_client=True) as client:
+        state = client.read_flow_run(run).state if run else None
+        return state is not None and (state.is_cancelling() or state.is_cancelled())
+    return False
+
+
+def state_after(error: PipelineError) -> State[Any]:
+    """The final state of a flow run that this error ended: the training's, else Failed."""
+    kind = error.state.type.value if isinstance(error, ChildError) else "FAILED"
+    return final_state(kind, visible(str(error)))
+
+
+def final_state(kind: str, message: str) -> State[Any]:
+    """A state of Prefect's by its type."""
+    from prefect.client.schemas.objects import State, StateType
+
+    return State(type=StateType(kind), message=message)
+
+
+def has_no_state(record: logging.LogRecord) -> bool:
+    """Whether a line tells of something else than a final state, which the line before it has told in words.
+
+    Prefect's engine raises a state that is not Completed as an error, and logs that with a stack trace, twice.
+    """
+    from prefect.exceptions import CancelledRun, CrashedRun, FailedRun
+
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, (CancelledRun, CrashedRun, FailedRun))

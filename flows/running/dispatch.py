@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from flows.pipeline import Tuned, plan_tuning, tune
 from flows.running.child import run_child
 from flows.running.deployed import flow_run_id
+from tasks.caching.context import context, within
+from tasks.caching.runs import past_runs
 from tasks.caching.stage import StageReached
 from tasks.config import Recipe
 from tasks.refs import PipelineError, Prepared, home
@@ -36,4 +39,12 @@ def dispatch(recipe: Recipe, prepared: Prepared, train_here: Callable[[Recipe, P
             "workers to have the same code, unedited since this run began, and to share one AMAZON_FT_HOME, be it a volume or a "
             "network file system. See to both and run again."
         )
-    return tune(recipe, prepared)
+    with within(elsewhere=_made_for_this_run()):
+        return tune(recipe, prepared)
+
+
+def _made_for_this_run() -> dict[str, dict[str, Any]]:
+    """{key: entry} of the stage calls of the newest run that trained for the present one."""
+    run = context().run
+    newest = next((past for past in past_runs() if run is not None and past["parent"] == run.id), None)
+    return {entry["key"]: entry for entry in newest["stages"]} if newest else {}

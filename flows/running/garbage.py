@@ -84,7 +84,8 @@ def collect(keep_last: int, age_seconds: float, *, dry_run: bool = False) -> lis
         gone = [entry for number, (path, entry) in enumerate(doomed) if _move(path, trash / f"{number}")]
         for run in past:
             if run not in kept:
-                (home() / "runs" / f"{run['id']}.json").unlink(missing_ok=True)
+                for suffix in ("json", "log"):
+                    (home() / "runs" / f"{run['id']}.{suffix}").unlink(missing_ok=True)
     shutil.rmtree(trash, ignore_errors=True)
     return gone
 
@@ -99,7 +100,7 @@ def _is_kept(run: dict[str, Any], runs: list[dict[str, Any]], keep_last: int, ag
 
 def _is_complete(run: dict[str, Any]) -> bool:
     """Whether a run has made all that its recipe makes; what was tried since is kept with it."""
-    return run["finished"] and run["until"] is None and not run["child"]
+    return run["finished"] and run["until"] is None and run["parent"] is None
 
 
 def _promoted() -> list[str]:

@@ -24,11 +24,12 @@ from tasks.caching.files import text_digest
 from tasks.refs import ConfigError, PipelineError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from uuid import UUID
 
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import DeploymentSchedule
+    from prefect.client.schemas.responses import DeploymentResponse
 
 logger = logging.getLogger(__name__)
 
@@ -69,50 +70,60 @@ def server_url() -> str:
     return url
 
 
-def set_up(pools: PoolType, trainings: int, *, overwrite: bool = False) -> None:
+def set_up(pools: PoolType, trainings: int, *, overwrite: bool = False, say: Callable[[str], None] = logger.info) -> None:
     """Create or bring up to date both work pools, the automation and the deployments of the server at PREFECT_API_URL.
 
     Args:
         pools: the type of both pools.
         trainings: how many GPUs there are; as many runs of pool `cuda` go on at a time.
         overwrite: whether job templates that were edited on the server give way to ours.
+        say: hears of each thing as it is created, brought up to date or left.
 
     Raises:
         PipelineError: when the server refuses, with what it said.
     """
-    set_up_pools(pools, trainings, overwrite=overwrite)
-    register()
+    set_up_pools(pools, trainings, overwrite=overwrite, say=say)
+    register(say=say)
 
 
-def set_up_pools(pools: PoolType, trainings: int, *, overwrite: bool = False) -> None:
+def set_up_pools(pools: PoolType, trainings: int, *, overwrite: bool = False, say: Callable[[str], None] = logger.info) -> None:
     """The part of `set_up` that workers need."""
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
         for name, limit in ((CPU_POOL, None), (CUDA_POOL, trainings)):
-            _set_up_pool(client, name, pools, limit, overwrite=overwrite)
-        _set_up_automations(client)
+            say(f"work pool {name}: {_set_up_pool(client, name, pools, limit, overwrite=overwrite)}")
+        for name, done in _set_up_automations(client).items():
+            say(f"automation {name}: {done}")
 
 
-def register() -> None:
+def register(*, say: Callable[[str], None] = logger.info) -> None:
     """Register every deployment of prefect.yaml, as `prefect deploy --all` does; schedules that are on stay so."""
-    before = _switched_on()
+    before = _deployments()
+    say("registering the deployments")
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise PipelineError(f"deploy: prefect deploy: ended with {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}")
-    _switch_on(before)
+    _switch_on({deployment.id: [each for each in deployment.schedules if each.active] for deployment in before.values()})
+    for name, deployment in sorted(_deployments().items()):
+        if name not in before:
+            say(f"deployment {name}: created")
+        elif deployment.updated != before[name].updated:
+            say(f"deployment {name}: brought up to date")
 
 
-def _switched_on() -> dict[UUID, list[DeploymentSchedule]]:
-    """The active schedules of each deployment; registering anew puts the file's in their place, which are off."""
+def _deployments() -> dict[str, DeploymentResponse]:
+    """{name: deployment} of both flows. Registering anew puts the file's schedules, which are off, in the place of theirs."""
     from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 
     with get_client(sync_client=True) as client:
-        found = {
-            deployment.id: [each for each in deployment.schedules if each.active] for deployment in client.read_deployments()
-        }
-    return {deployment: schedules for deployment, schedules in found.items() if schedules}
+        found: dict[str, DeploymentResponse] = {}
+        for flow in ("amazon-ft", "amazon-ft-train"):
+            ours = FlowFilter(name=FlowFilterName(any_=[flow]))
+            found |= {f"{flow}/{each.name}": each for each in client.read_deployments(flow_filter=ours)}
+    return found
 
 
 def _switch_on(before: Mapping[UUID, list[DeploymentSchedule]]) -> None:
@@ -136,7 +147,8 @@ def template_of(pools: PoolType, name: str) -> Path:
     return DEPLOYMENTS / "pools" / f"{stem}.json"
 
 
-def _set_up_pool(client: SyncPrefectClient, name: str, pools: PoolType, limit: int | None, *, overwrite: bool) -> None:
+def _set_up_pool(client: SyncPrefectClient, name: str, pools: PoolType, limit: int | None, *, overwrite: bool) -> str:
+    """Create a pool or bring it up to date; which of it was done."""
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
     from prefect.exceptions import ObjectNotFound
 
@@ -145,7 +157,7 @@ def _set_up_pool(client: SyncPrefectClient, name: str, pools: PoolType, limit: i
         there = client.read_work_pool(name)
     except ObjectNotFound:
         client.create_work_pool(WorkPoolCreate(name=name, type=pools.value, base_job_template=template, concurrency_limit=limit))
-        return
+        return "created"
     if there.type != pools.value:
         raise ConfigError(
             f"work pool {name}: got one of type {there.type}; expected {pools}. Delete it (prefect work-pool delete {name}) or "
@@ -154,9 +166,9 @@ def _set_up_pool(client: SyncPrefectClient, name: str, pools: PoolType, limit: i
     client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=limit))
     if overwrite or _sealed(there.base_job_template) in (there.base_job_template, template):
         client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
-        return
-    logger.warning(
-        f"work pool {name}: its job template was edited on the server and is kept. For ours in its place: amazon-ft deploy "
+        return "brought up to date"
+    return (
+        "its job template was edited on the server and is kept. For ours in its place: amazon-ft deploy "
         f"--pools {pools} --overwrite-templates, or delete the pool (prefect work-pool delete {name}) and deploy again."
     )
 
@@ -171,10 +183,15 @@ def _sealed(template: Mapping[str, Any]) -> dict[str, Any]:
     return {**template, "variables": {**variables, SEAL: f"amazon-ft {digest}"}}
 
 
-def _set_up_automations(client: SyncPrefectClient) -> None:
+def _set_up_automations(client: SyncPrefectClient) -> dict[str, str]:
+    """Create those that are not there; {name: what was done}."""
     from prefect.events.schemas.automations import AutomationCore
 
+    done: dict[str, str] = {}
     for settings in yaml.safe_load((DEPLOYMENTS / "automations.yaml").read_text())["automations"]:
         automation = AutomationCore.model_validate(settings)
-        if not client.read_automations_by_name(automation.name):
+        there = client.read_automations_by_name(automation.name)
+        if not there:
             client.create_automation(automation)
+        done[automation.name] = "left as it is" if there else "created"
+    return done

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from flows.running.supervisor import INNER, end_processes, guarded
+from flows.server.standing import standing_api
 from tasks.caching.context import check_root
 from tasks.refs import PipelineError, home
 
@@ -37,7 +38,8 @@ QUIET = {
 
 @contextmanager
 def prefect_server() -> Generator[str]:
-    """The API to run against: PREFECT_API_URL when it is set, else a server of our own for the block.
+    """The API to run against: PREFECT_API_URL when it is set, else of the server that is up for this root, else of one of our
+    own for the block: two servers on one SQLite database lock each other out.
 
     Raises:
         InputError: when nothing can be written under AMAZON_FT_HOME.
@@ -47,19 +49,32 @@ def prefect_server() -> Generator[str]:
         yield url
         return
     check_root()
+    if url := standing_api():
+        with _named(url):
+            yield url
+        return
     log = home() / "prefect-server.log"
     with log.open("wb") as output:
         port = _free_port()
         command = guarded(INNER, "uvicorn", *SERVER, "--port", str(port))
         process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | QUIET, start_new_session=True)
-        os.environ["PREFECT_API_URL"] = url = f"http://127.0.0.1:{port}/api"
+        url = f"http://127.0.0.1:{port}/api"
         try:
-            wait_until_healthy(url, process, log)
-            yield url
+            with _named(url):
+                wait_until_healthy(url, process, log)
+                yield url
         finally:
-            _send_last_logs()
-            del os.environ["PREFECT_API_URL"]
             end_processes([process], STOP_SECONDS)
+
+
+@contextmanager
+def _named(url: str) -> Generator[None]:
+    os.environ["PREFECT_API_URL"] = url
+    try:
+        yield
+    finally:
+        _send_last_logs()
+        del os.environ["PREFECT_API_URL"]
 
 
 def _send_last_logs() -> None:

@@ -11,7 +11,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from flows.running.interruption import Interrupted
 from flows.running.pools import CPU_POOL, CUDA_POOL, online_workers
 from flows.server import deploy
 from flows.server.ephemeral import wait_until_healthy
+from flows.server.standing import announced, standing_api
 from tasks.refs import ConfigError, PipelineError, home
 
 ONLINE_SECONDS = 180
@@ -112,20 +113,29 @@ def run_until_interrupted(options: UpOptions, console: Console) -> None:
     """Start everything, say how to use it, and stay until interrupted.
 
     Raises:
+        ConfigError: when the port is taken, or a server is up for this root.
         PipelineError: when a part does not start or does not stay.
     """
     _check_port(options)
+    if there := standing_api():
+        raise ConfigError(f"up: {home()}: a server is up for this root: got {there}; expected none. Use it, or end it first.")
     gpus = visible_gpus()
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, highlight=False)
+
     with _processes(options) as processes:
         os.environ["PREFECT_API_URL"] = f"{options.url}/api"
+        say(f"starting the server; the first time, it makes its database. Logs: {log_of('server').parent}")
         server = processes.start("server", *server_command(options))
         wait_until_healthy(f"{options.url}/api", server, log_of("server"))
-        deploy.set_up_pools(deploy.PoolType.PROCESS, max(1, len(gpus)))
+        deploy.set_up_pools(deploy.PoolType.PROCESS, max(1, len(gpus)), say=say)
         names = _start_workers(processes, gpus)
-        deploy.register()
+        say(f"starting workers {', '.join(names)}")
+        deploy.register(say=say)
         _wait_until_online(names)
-        _tell(options, gpus, console)
-        with suppress(Interrupted):
+        _tell(options, gpus, say)
+        with suppress(Interrupted), announced(f"{options.url}/api"):
             while True:
                 processes.revive(console)
                 time.sleep(1)
@@ -192,12 +202,12 @@ def _wait_until_online(names: dict[str, str]) -> None:
         time.sleep(0.2)
 
 
-def _tell(options: UpOptions, gpus: Sequence[Gpu], console: Console) -> None:
+def _tell(options: UpOptions, gpus: Sequence[Gpu], say: Callable[[str], None]) -> None:
     trains = f"{len(gpus)} x {gpus[0].name}" if gpus else "no GPU here: the cuda worker trains on the CPU (device=cpu recipes)"
     lines = (
+        "",
         f"server:    {options.url}" if options.ui else f"server:    {options.url}/api (without UI)",
         f"training:  {trains}",
-        f"logs:      {home() / 'logs'}",
         "",
         "In another shell:",
         f"  export PREFECT_API_URL={options.url}/api",
@@ -206,7 +216,7 @@ def _tell(options: UpOptions, gpus: Sequence[Gpu], console: Console) -> None:
         "Ctrl-C ends the server and its workers; a training writes a checkpoint first.",
     )
     for line in lines:
-        console.print(line, soft_wrap=True, highlight=False)
+        say(line)
 
 
 def _check_port(options: UpOptions) -> None:

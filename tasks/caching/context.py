@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from tasks.caching.events import Event, Observer, RunBegan, RunEnded, StageBegan, StageEnded
@@ -46,6 +46,8 @@ class Context:
     """Of the stage that is running."""
     engine: Engine | None = None
     observers: tuple[Observer, ...] = ()
+    elsewhere: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    """{key: entry} of the stage calls that a run on a worker made for this one."""
 
 
 _context: ContextVar[Context] = ContextVar("context")
@@ -115,7 +117,7 @@ def open_run(
     *,
     tags: Sequence[str] = (),
     until: str | None = None,
-    child: bool = False,
+    parent: str | None = None,
     engine: Engine | None = None,
     observers: Sequence[Observer] = (),
 ) -> Generator[Run]:
@@ -127,7 +129,7 @@ def open_run(
     if (outer := context().run) is not None:
         yield outer
         return
-    run = Run(recipe, dict(config), tags=list(tags), until=until or context().until, child=child)
+    run = Run(recipe, dict(config), tags=list(tags), until=until or context().until, parent=parent)
     check_root()
     record = RunRecord(run)
     held, here = locked(run.file.with_suffix(".lock"), remove=True), within(run=run, until=run.until, engine=engine)
@@ -136,6 +138,9 @@ def open_run(
             tell(RunBegan(run))
             yield run
             run.finished = True
+        except Exception as error:
+            run.error = f"{error}" or type(error).__name__
+            raise
         finally:
             tell(RunEnded(run))
 

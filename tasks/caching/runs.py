@@ -32,10 +32,12 @@ class Run:
     """promoted, reasons, against; None before a model is saved."""
     until: str | None = None
     """The stage that the run was to end with; None for the recipe's end."""
-    child: bool = False
-    """Whether it only trains for another run, on a worker."""
+    parent: str | None = None
+    """The id of the run that it only trains for, on a worker."""
     finished: bool = False
     """Whether the run came to its end without an error."""
+    error: str | None = None
+    """Why the run ended before; None for a signal, too."""
 
     @property
     def title(self) -> str:
@@ -53,9 +55,10 @@ class Run:
 
 
 def past_runs() -> list[dict[str, Any]]:
-    """All run records, newest first; a torn one is left out."""
+    """All run records, newest first; a torn one is left out. 0.1.0 noted of a training on a worker only that it is one."""
     runs: list[dict[str, Any]] = []
     for file in (home() / "runs").glob("*.json"):
         with suppress(ValueError, OSError):
-            runs.append({"until": None, "child": False, **json.loads(file.read_text(encoding="utf-8"))})
+            found = json.loads(file.read_text(encoding="utf-8"))
+            runs.append({"until": None, "parent": "unknown" if found.get("child") else None, "error": None, **found})
     return sorted(runs, key=lambda run: float(run["started"]), reverse=True)

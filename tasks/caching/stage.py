@@ -305,6 +305,8 @@ class Stage(Generic[P, R]):
         if call.made is None:
             entry |= {"state": "running", "reason": self._explain(call)}
             logger.info("%s runs: %s", self.name, entry["reason"])
+        elif (there := context().elsewhere.get(call.key)) is not None:
+            entry |= {"state": there["state"], "reason": there["reason"]}
         else:
             entry |= {"state": "cached", "reason": "" if context().verify == "full" else "verified by size only"}
         return entry
@@ -315,11 +317,11 @@ class Stage(Generic[P, R]):
         started = time.monotonic()
         try:
             made = outcome()
-        except BaseException:
-            entry["state"] = "failed"
+        except BaseException as error:
+            entry["state"] = "failed" if isinstance(error, Exception) else "stopped"
             tell(StageEnded(entry, call.inputs, None))
             raise
-        main, cached = _main(made.value), call.made is not None
+        main, cached = _main(made.value), entry["state"] == "cached"
         entry |= {
             "rows": main.rows,
             "digest": main.digest,

@@ -32,7 +32,7 @@ def log_visibly() -> None:
 
     def made(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make(*args, **kwargs)
-        if record.name.partition(".")[0] in ("tasks", "flows"):
+        if str(record.name).partition(".")[0] in ("tasks", "flows"):  # None until logging.makeLogRecord has filled it in
             record.msg, record.args = visible(record.getMessage()), ()
         return record
 

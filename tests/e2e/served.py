@@ -61,6 +61,13 @@ class Served:
         """Another shell's: it knows the server's address, and has a PREFECT_HOME of its own."""
         return os.environ | {"PREFECT_API_URL": f"{self.url}/api", "PREFECT_HOME": str(self.root / "other"), "DO_NOT_TRACK": "1"}
 
+    def command(self, *words: str) -> str:
+        """What a command of ours prints in another shell of this root."""
+        environment = self.env | {"AMAZON_FT_HOME": str(self.home)}
+        return subprocess.run(
+            [sys.executable, "-m", "flows.cli", *words], env=environment, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+
     def overrides(self, *more: str) -> list[str]:
         return [f"model.id={self.model}", *SIZES, *more]
 

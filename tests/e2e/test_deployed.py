@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.e2e.served import PREPARED, SHORT, Served, until
@@ -98,7 +99,7 @@ def test_artifacts_of_both_runs_are_readable(served: Served, finished_run: str) 
     assert "Describe the product." in data["rows"]
     assert "data:image/svg+xml;base64," in data["token-lengths"]
     assert "| nats per token |" in data["evaluation"]
-    assert "| finetune | cached |" in data["stages"]
+    assert "| finetune | completed |" in data["stages"]
     assert data["verdict"].startswith("# Verdict: ")
     assert str(served.home / "models" / "demo" / "unsloth_model_optimized") in data["model"]
     assert str(served.home / "models" / "demo" / "report.html") in data["report"]
@@ -134,9 +135,23 @@ def test_second_run_is_all_cached_without_a_child(served: Served, finished_run: 
 def test_failure_of_the_training_reaches_the_parent_in_its_own_words(served: Served, finished_run: str) -> None:
     run = served.start(*SHORT, "finetune.max_loss=0.001")
     assert served.ended(run)["state_type"] == "FAILED"
-    message = served.run(run)["state"]["message"]
-    assert "DivergedError: finetune step 1: training diverged" in message
-    assert message.endswith(served.child(run)["state"]["message"])
+    child, message = served.child(run), served.run(run)["state"]["message"]
+    assert "failed: finetune step 1: training diverged" in message
+    assert message.endswith(child["state"]["message"])
+    told = until(lambda: all("Finished in state" in served.logs(each) for each in (run, child["id"])))
+    assert told
+    assert "Traceback" not in served.logs(run) + served.logs(child["id"])
+    listed = json.loads(served.command("runs", "--json"))
+    assert [entry["state"] for entry in listed][:1] == ["failed"]
+    log = served.command("logs")
+    assert "finetune runs: " in log
+    assert message in log
+
+
+def test_a_wrong_override_is_refused_where_the_run_is_submitted(served: Served) -> None:
+    with pytest.raises(httpx.HTTPStatusError) as refused:
+        served.start("finetune.learning_rat=1e-4")
+    assert "finetune.learning_rat=1e-4" in refused.value.response.text
 
 
 def page(url: str, profile: Path) -> str:

@@ -59,6 +59,9 @@ def test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint(served:
     assert served.ended(run)["state_type"] == "CANCELLED"
     until(lambda: served.checkpoints() - before)
     until(lambda: served.run(child)["state_type"] == "CANCELLED")
+    for each in (run, child):
+        states = served.get(f"flow_run_states/?flow_run_id={each}")
+        assert "CRASHED" not in [state["type"] for state in states]
 
 
 @pytest.mark.slow("a deployed run and its training")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from flows.pipeline import plan_run
-from flows.recipes import check_until, load_recipe, shipped_names
+from flows.recipes import check_until, load_recipe, override_pattern, shipped_names
+from flows.reports.results import flat
 from tasks.refs import ConfigError
 
 
@@ -201,3 +203,12 @@ def test_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message: s
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_recipe(str(tmp_path / "bad.yaml"))
+
+
+def test_the_pattern_of_overrides_takes_every_key_of_a_recipe_and_no_other() -> None:
+    settings = load_recipe("demo").model_dump(mode="json")
+    keys = [*settings, *flat(settings), *flat(load_recipe("default").model_dump(mode="json"))]
+    assert "finetune.lora.r" in keys
+    assert all(re.search(override_pattern(), f"{key}=x") for key in keys)
+    for wrong in ("finetune", "finetun.seed=1", "finetune.lora.q=1", "finetune.seed.x=1", "x.name=1", "=1"):
+        assert not re.search(override_pattern(), wrong)

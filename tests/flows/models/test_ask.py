@@ -17,7 +17,7 @@ from tasks.caching.manifest import MANIFEST
 from tasks.config import TemplateConfig
 from tasks.refs import InputError
 from tasks.training.inference.chat import ChatModel, load_chat_model
-from tests.support.tuned import save_tuned
+from tests.support.tuned import METRICS, save_tuned
 
 
 @pytest.fixture
@@ -39,6 +39,23 @@ def test_a_saved_model_that_is_not_as_it_was_saved_is_refused(tuned: tuple[Path,
         find_saved(str(tmp_path / "copy"))
     (tmp_path / "copy" / MANIFEST).unlink()
     assert find_saved(str(tmp_path / "copy")).recipe.name == "demo"
+
+
+def test_saved_models_are_listed_with_what_they_measured(tuned: tuple[Path, Path]) -> None:
+    saved = save_tuned(*tuned)
+    (listed,) = json.loads(CliRunner().invoke(app, ["models", "--json"]).stdout)
+    assert listed | {"saved": ""} == {
+        "model": "demo/unsloth_model_optimized",
+        "promoted": False,
+        "saved": "",
+        "nll": METRICS["tuned"]["nll"],
+        "base": "org/tiny",
+        "path": str(saved.data.path),
+    }
+    (saved.data / "lineage.json").write_text("{")
+    said = CliRunner().invoke(app, ["models"]).stdout
+    assert "demo/unsloth_model_optimized" in said
+    assert "unreadable" in said
 
 
 def test_the_answer_comes_piece_by_piece_and_is_the_greedy_one(asked: ChatModel) -> None:

@@ -83,11 +83,13 @@ def test_figures_of_other_rows_are_told_as_such() -> None:
 
 def test_runs_are_listed_newest_first_with_how_they_ended() -> None:
     made("a", 0.5, ["u1"])
-    runs.Run("demo", {}, id="bb", started=2.0, stages=[{"name": "ingest", "key": "k", "state": "failed"}]).write()
+    runs.Run("demo", {}, id="bb", started=2.0, error="ingest: broken").write()
+    runs.Run("demo", {}, id="c", started=1.5).write()
     with open_run("demo", {}) as living:
         assert [(run["id"], run["state"], run["nll"]) for run in listing()] == [
             (living.id, "running", None),
             ("bb", "failed", None),
+            ("c", "stopped", None),
             ("a", "completed", 0.5),
         ]
     assert "completed" in CliRunner().invoke(app, ["runs"]).output

@@ -154,7 +154,7 @@ def test_a_training_on_a_worker_tells_of_its_steps_under_the_run_that_it_trains_
     parent, worker = Tracking(RECIPE.tracking), Tracking(RECIPE.tracking, run.id)
     parent.hear(RunBegan(run))
     parent.hear(TrainingLeft("demo"))
-    child = Run("demo", {}, child=True)
+    child = Run("demo", {}, parent=run.id)
     for event in (RunBegan(child), StageEnded({}, {}, adapter()), RunEnded(child)):
         worker.hear(event)
     parent.hear(StageEnded({}, {}, adapter()))

@@ -40,7 +40,7 @@ def test_keep_last_counts_finished_runs() -> None:
     store.verify(tried)
 
 
-@pytest.mark.parametrize("how", [{"child": True}, {"until": "read"}])
+@pytest.mark.parametrize("how", [{"parent": "another"}, {"until": "read"}])
 def test_what_only_trains_or_ends_early_is_not_the_last_run(how: dict[str, Any]) -> None:
     whole = made_by_a_run("a")
     with open_run("toy", {}, **how):

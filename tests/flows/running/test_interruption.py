@@ -13,8 +13,9 @@ from flows.running.interruption import TWICE_SECONDS
 from tests.support.checkout import PROJECT
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from flows.running.interruption import Interrupted, be_interruptible
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
 be_interruptible()
 try:
     try:

@@ -71,29 +71,31 @@ def ship_another(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("before", ["ours", "of 0.1.0"])
-def test_an_edited_template_is_kept_and_how_to_take_ours_is_said(
-    client: SyncPrefectClient, caplog: pytest.LogCaptureFixture, before: str
-) -> None:
+def test_an_edited_template_is_kept_and_how_to_take_ours_is_said(client: SyncPrefectClient, before: str) -> None:
     deploy.set_up_pools(PoolType.PROCESS, 1)
     if before == "of 0.1.0":
         put_template(client, SHIPPED)
     edited = edit(client)
-    deploy.set_up_pools(PoolType.PROCESS, 1)
+    said: list[str] = []
+    deploy.set_up_pools(PoolType.PROCESS, 1, say=said.append)
     assert template_on(client) == edited
-    assert [record.getMessage() for record in caplog.records if record.name == "flows.server.deploy"] == [
+    assert said[:2] == [
         "work pool cpu: its job template was edited on the server and is kept. For ours in its place: amazon-ft deploy --pools "
-        "process --overwrite-templates, or delete the pool (prefect work-pool delete cpu) and deploy again."
+        "process --overwrite-templates, or delete the pool (prefect work-pool delete cpu) and deploy again.",
+        "work pool cuda: brought up to date",
     ]
 
 
 def test_a_template_that_nobody_edited_follows_a_new_version(
-    client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deploy.set_up_pools(PoolType.PROCESS, 1)
+    said: list[str] = []
+    deploy.set_up_pools(PoolType.PROCESS, 1, say=said.append)
     ship_another(tmp_path / "next", monkeypatch)
-    deploy.set_up_pools(PoolType.PROCESS, 1)
+    deploy.set_up_pools(PoolType.PROCESS, 1, say=said.append)
     assert all("a new version" in variables_on(client, pool)["working_dir"]["description"] for pool in POOLS)
-    assert not caplog.records
+    told = [line for line in said if line.startswith("work pool")]
+    assert told == [f"work pool {pool}: {done}" for done in ("created", "brought up to date") for pool in POOLS]
 
 
 def test_a_template_of_0_1_0_is_ours_as_long_as_it_is_the_shipped_one(
@@ -136,18 +138,17 @@ def test_what_we_write_is_the_shipped_template_and_its_digest(client: SyncPrefec
 
 
 def test_the_command_keeps_an_edited_template_unless_it_is_told_to_overwrite(
-    client: SyncPrefectClient, prefect_api: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    client: SyncPrefectClient, prefect_api: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The deployments, which it registers too, are test_deployed.py's."""
     monkeypatch.setenv("PREFECT_API_URL", prefect_api)
-    monkeypatch.setattr(deploy, "register", lambda: None)
+    monkeypatch.setattr(deploy, "register", lambda say: None)
 
     def command(*options: str) -> str:
-        caplog.clear()
         done = CliRunner().invoke(app, ["deploy", *options])
         assert done.exit_code == 0, done.output
-        assert f"registered at {prefect_api}: work pools cpu and cuda" in " ".join(done.stderr.split())
-        return caplog.text
+        assert f"registered at {prefect_api}: work pools cpu and cuda" in done.stderr
+        return done.stderr
 
     deploy.set_up_pools(PoolType.PROCESS, 1)
     edited = edit(client)

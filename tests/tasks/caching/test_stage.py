@@ -155,6 +155,16 @@ def test_users_mistake_comes_through_unchanged_and_is_not_retried() -> None:
         run("bad")
     assert [entry["state"] for entry in runs.past_runs()[0]["stages"]] == ["failed"]
     assert runs.past_runs()[0]["finished"] is False
+    assert str(runs.past_runs()[0]["error"]).startswith("toy.read: text: got 'bad'")
+
+
+def test_what_a_worker_made_for_this_run_is_told_as_made(home: Path) -> None:
+    made = run()
+    with within(elsewhere={made[0]["key"]: made[0]}):
+        entries = run()
+    assert states(entries) == ["completed", "cached"]
+    assert entries[0]["reason"] == made[0]["reason"] == "first run"
+    assert entries[0]["seconds"] == made[0]["seconds"]
 
 
 def test_transient_error_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
