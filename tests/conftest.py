@@ -33,6 +33,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--many", action="store_true", help="break things as often as tests/README.md says")
     parser.addoption("--update-golden", action="store_true", help="write golden files that changed, and print what changed")
 
 

@@ -70,7 +70,7 @@ def find_saved(name: str) -> Saved:
 
 
 def list_saved() -> list[dict[str, Any]]:
-    """Every saved model, newest first: model (RECIPE/NAME), promoted, saved, nll, base, path; one that can't be read without."""
+    """Every saved model, newest first: model (RECIPE/NAME), promoted, saved, nll, base, path; a damaged one without."""
     links = [path.parent for path in (home() / "models").glob(f"*/*/{ADAPTER}") if path.parent.name != PROMOTED]
     return [_entry(link) for link in sorted(links, key=lambda link: link.lstat().st_mtime, reverse=True)]
 
@@ -78,7 +78,7 @@ def list_saved() -> list[dict[str, Any]]:
 def _entry(link: Path) -> dict[str, Any]:
     told: dict[str, Any] = {}
     measured: dict[str, Any] = {}
-    with suppress(InputError, OSError):
+    if not find_damage(link.resolve()):
         told, measured = read_json(link / "lineage.json"), read_json(link / "metrics.json")
     return {
         "model": f"{link.parent.name}/{link.name}",
@@ -102,7 +102,7 @@ def show_models(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         table.add_column(name, overflow="fold")
     for row in rows:
         nll = "" if row["nll"] is None else f"{row['nll']:.4f}"
-        table.add_row(row["model"], row["saved"], nll, "yes" if row["promoted"] else "", row["base"] or "unreadable")
+        table.add_row(row["model"], row["saved"], nll, "yes" if row["promoted"] else "", row["base"] or "damaged")
     console.print(table)
 
 

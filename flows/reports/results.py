@@ -5,7 +5,7 @@ Results(run)    .value("tokenize", Split)        the reference that the stage re
                 .training, .resolved             each step of the training; what it was decided to be
                 .lengths, .examples              tokens of the training rows; some of them with what is learnt
 
-What a run did not come to is None or empty, and so is what was removed since.
+What a run did not come to is None or empty, and so is what was removed or damaged since.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from tasks.caching.stage import Made, read_made
+from tasks.caching.store import Missing, check
 from tasks.refs import Adapter, Artifact, Evaluation, Split
 from tasks.reporting.markdown import pieces
 
@@ -48,10 +49,14 @@ class Results:
         return next((entry for entry in reversed(self.stages) if entry["name"] in names and "digest" in entry), None)
 
     def value(self, name: str, returns: type[R]) -> R | None:
-        """The reference that a stage returned; None when its record or its files were removed."""
+        """The reference that a stage returned; None when its record or its files were removed, or are damaged."""
         entry = self.entry(name)
         made = _made(entry["key"], returns) if entry else None
-        return made.value if made else None
+        if made is not None:
+            with suppress(Missing):
+                check(made.value)
+                return made.value
+        return None
 
     @cached_property
     def metrics(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from tasks.caching import locks, runs
 from tasks.caching.context import check_root
 from tasks.config import PROMOTED
-from tasks.refs import ConfigError, home
+from tasks.refs import ConfigError, InputError, home
 
 LOCKED = ("drafts", "runs", "served", "work")
 """Folders in which X is held through X.lock."""
@@ -68,9 +68,14 @@ def collect(keep_last: int, age_seconds: float, *, dry_run: bool = False) -> lis
     the path is held through, so that a run which starts meanwhile sees all of it or nothing.
 
     Raises:
-        InputError: when the root may only be read.
+        InputError: when the root may only be read, or a run's record is damaged: what that run relies on is unknown.
     """
     check_root()
+    if damaged := runs.damaged_runs():
+        raise InputError(
+            f"cache gc: {damaged[0]}: got a damaged record; expected one that tells what its run uses. Remove that file, and "
+            "gc may remove what only that run used."
+        )
     with locks.mutex():
         records, past = _children("records"), runs.past_runs()  # in this order: a run tells of a stage before it records it
         promoted = _ids_of_promoted(past)

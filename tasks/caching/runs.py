@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from contextlib import suppress
@@ -12,6 +13,9 @@ from uuid import uuid4
 
 from tasks.caching.files import write_atomic
 from tasks.refs import home
+
+SEAL = "sha256"
+"""Where a record holds the digest of the rest."""
 
 
 @dataclass
@@ -51,14 +55,49 @@ class Run:
 
     def write(self) -> None:
         """Store what is known so far."""
-        write_atomic(self.file, json.dumps(asdict(self)).encode())
+        told = asdict(self)
+        write_atomic(self.file, json.dumps({**told, SEAL: _digest(told)}).encode())
+
+
+def read_run(text: str | bytes) -> dict[str, Any]:
+    """A run's record, intact. 0.1.0 sealed none, and noted of a training on a worker only that it is one.
+
+    Raises:
+        ValueError: when it is torn or damaged.
+    """
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("no record of a run")
+    if "error" not in found and SEAL not in found:
+        return {"until": None, "parent": "unknown" if found.get("child") else None, "error": None, **found}
+    if found.pop(SEAL, None) != _digest(found):
+        raise ValueError("the record of the run is damaged")
+    return found
+
+
+def _digest(told: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def past_runs() -> list[dict[str, Any]]:
-    """All run records, newest first; a torn one is left out. 0.1.0 noted of a training on a worker only that it is one."""
+    """All intact run records, newest first."""
     runs: list[dict[str, Any]] = []
-    for file in (home() / "runs").glob("*.json"):
+    for file in _records():
         with suppress(ValueError, OSError):
-            found = json.loads(file.read_text(encoding="utf-8"))
-            runs.append({"until": None, "parent": "unknown" if found.get("child") else None, "error": None, **found})
+            runs.append(read_run(file.read_bytes()))
     return sorted(runs, key=lambda run: float(run["started"]), reverse=True)
+
+
+def damaged_runs() -> list[Path]:
+    """The records that can't be relied on."""
+    found: list[Path] = []
+    for file in _records():
+        try:
+            read_run(file.read_bytes())
+        except ValueError:
+            found.append(file)
+    return found
+
+
+def _records() -> list[Path]:
+    return [file for file in (home() / "runs").glob("*.json") if not file.name.startswith(".")]

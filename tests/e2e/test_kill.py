@@ -1,11 +1,13 @@
-"""SIGKILL at any moment: the next run completes, finished stages stay cached, the bytes are an undisturbed run's."""
+"""Killed or told to end at any moment: the next run completes, finished stages stay cached, the bytes are the same."""
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,12 +16,14 @@ import pytest
 
 from flows.running.garbage import collect
 from tasks.caching.manifest import MANIFEST
+from tests.e2e.served import until
 from tests.e2e.tiny_runs import Tiny
 from tests.support.checkout import PROJECT
 from tests.support.forked import Forked
 
 TELLS_OF_THE_RUN = (MANIFEST, "README.md", "lineage.json", "recipe.yaml")
-PROGRAM = Path(__file__).with_name("data_stages.py")
+PROGRAM, WHOLE_RUN = (Path(__file__).with_name(name) for name in ("data_stages.py", "whole_run.py"))
+SIGNALS, MANY_SIGNALS = 9, 200
 
 
 def killed_when(process: Forked, happened: Callable[[], bool], generator: random.Random, spread_seconds: float) -> bool:
@@ -137,3 +141,35 @@ def test_fifty_kills_of_the_bare_stages(fresh: Tiny, tmp_path: Path) -> None:
     assert contents(home) == contents(quiet)
     collect_in(home)
     assert_no_leftovers(home)
+
+
+@pytest.mark.slow("a training again and again")
+def test_a_signal_at_any_moment_of_a_whole_run_loses_nothing(fresh: Tiny, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Roots that came to their end are compared, and the next begins from nothing."""
+    generator, ended = random.Random(9), Counter[str]()
+    program, begun = [str(WHOLE_RUN), str(fresh.recipe)], time.monotonic()
+    assert started(program, tmp_path / "quiet", PROJECT).wait() == 0
+    seconds, quiet = time.monotonic() - begun, contents(tmp_path / "quiet")
+    home = tmp_path / "home"
+    while ended.total() < (MANY_SIGNALS if request.config.getoption("--many") else SIGNALS):
+        process, how = started(program, home, PROJECT), generator.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+        until(lambda process=process: process.stdout or process.poll() is not None)
+        time.sleep(generator.uniform(0, seconds))
+        process.send_signal(how)
+        if process.wait() in (-how, 128 + how):
+            ended[how.name] += 1
+            continue
+        assert process.returncode == 0, process.stderr
+        assert_as_undisturbed(home, quiet)
+        shutil.rmtree(home)
+    assert started(program, home, PROJECT).wait() == 0
+    assert_as_undisturbed(home, quiet)
+    assert len(ended) == 3, ended
+
+
+def assert_as_undisturbed(home: Path, quiet: dict[str, bytes]) -> None:
+    """The same bytes, and nothing else once gc has gone over it."""
+    collect_in(home)
+    assert contents(home) == quiet
+    assert_no_leftovers(home)
+    assert [path for path in home.rglob("*") if path.name.startswith(".")] == []

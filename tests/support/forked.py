@@ -92,7 +92,9 @@ class Forked:
         return self._process.exitcode
 
     def send_signal(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
+        """As Popen does: to none that has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
     def signal_group(self, number: signal.Signals) -> None:
         """To it, which leads a group, and to all that it started and left in there."""

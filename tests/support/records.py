@@ -6,11 +6,11 @@ import json
 
 from pydantic import BaseModel
 
+from tasks.caching.files import write_atomic
 from tasks.caching.stage import Made
 from tasks.refs import home
 
 
 def write_record(key: str, value: BaseModel, seconds: float = 1.0) -> None:
     """records/KEY of a stage that returned a value."""
-    (home() / "records").mkdir(exist_ok=True)
-    (home() / "records" / key).write_text(json.dumps({"result": Made(value, seconds).to_json()}))
+    write_atomic(home() / "records" / key, json.dumps({"result": Made(value, seconds).to_json()}).encode())

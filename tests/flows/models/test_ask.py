@@ -55,7 +55,7 @@ def test_saved_models_are_listed_with_what_they_measured(tuned: tuple[Path, Path
     (saved.data / "lineage.json").write_text("{")
     said = CliRunner().invoke(app, ["models"]).stdout
     assert "demo/unsloth_model_optimized" in said
-    assert "unreadable" in said
+    assert "damaged" in said
 
 
 def test_the_answer_comes_piece_by_piece_and_is_the_greedy_one(asked: ChatModel) -> None:
