@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from flows.models import serve
@@ -23,6 +29,7 @@ from tests.support.tiny import make_tiny_model
 from tests.support.tuned import make_tiny_adapter, save_tuned
 
 pytestmark = pytest.mark.heavy
+CLIENTS = 200
 
 
 @pytest.fixture
@@ -32,32 +39,77 @@ def base(tmp_path: Path) -> Path:
     return base
 
 
-def test_a_real_request_is_answered_as_the_merged_model_answers(base: Path, home: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@dataclass
+class Serving:
+    """`amazon-ft serve` of a tiny model, in a process of its own."""
 
+    root: Path
+    url: str
+    process: psutil.Popen
+
+    def post(self, client: httpx.Client, **fields: Any) -> httpx.Response:
+        chat = [{"role": "user", "content": "Chaleira"}]
+        asked = {"model": "demo", "messages": chat, "max_tokens": 8, "temperature": 0, "stream": False, **fields}
+        return client.post(f"{self.url}/v1/chat/completions", json=asked, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    root = tmp_path_factory.mktemp("serving")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AMAZON_FT_HOME", str(root / "home"))
+        base = make_tiny_model(root / "base")
+        save_tuned(base, make_tiny_adapter(base, root / "adapter"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "serve.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", "serve", "demo", "--port", str(port)], env=env, stdout=log, stderr=log
-        )
+    env = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "AMAZON_FT_HOME": str(root / "home")}
+    command = [sys.executable, "-m", "flows.cli", "serve", "demo", "--port", str(port)]
+    with (root / "serve.log").open("wb") as log:
+        process = psutil.Popen(command, env=env, stdout=log, stderr=log)
+    found = Serving(root, f"http://127.0.0.1:{port}", process)
     try:
-        until(lambda: process.poll() is not None or httpx.get(f"http://127.0.0.1:{port}/health").is_success)
-        chat = [{"role": "user", "content": "Chaleira"}]
-        asked = {"model": "demo", "messages": chat, "max_tokens": 8, "temperature": 0, "stream": False}
-        answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=asked, timeout=300)
+        until(lambda: process.poll() is not None or httpx.get(f"{found.url}/health").is_success)
+        yield found
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(120)
-    assert answer.is_success, (tmp_path / "serve.log").read_text()
-    (merged,) = (home / "served").glob("*/demo")
+
+
+def test_a_real_request_is_answered_as_the_merged_model_answers(serving: Serving) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with httpx.Client() as client:
+        answer = serving.post(client)
+    assert answer.is_success, (serving.root / "serve.log").read_text()
+    (merged,) = (serving.root / "home" / "served").glob("*/demo")
     tokenizer, model = AutoTokenizer.from_pretrained(merged), AutoModelForCausalLM.from_pretrained(merged)
+    chat = [{"role": "user", "content": "Chaleira"}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     said = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert answer.json()["choices"][0]["message"]["content"] == tokenizer.decode(said, skip_special_tokens=True)
-    assert "serves model demo at http://127.0.0.1" in (tmp_path / "serve.log").read_text()
+    assert "serves model demo at http://127.0.0.1" in (serving.root / "serve.log").read_text()
+
+
+def test_every_client_of_two_hundred_is_answered_or_told_to_come_back(serving: Serving, request: pytest.FixtureRequest) -> None:
+    """Once each; with --many for a minute, through which the memory stays flat."""
+    seconds = 60 if request.config.getoption("--many") else 0
+    told, sizes, end = Counter[int](), list[int](), time.monotonic() + seconds
+
+    def asks(_: int) -> None:
+        with httpx.Client() as client:
+            while True:
+                told[serving.post(client, max_tokens=2).status_code] += 1
+                sizes.append(serving.process.memory_info().rss)
+                if time.monotonic() >= end:
+                    return
+
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        list(clients.map(asks, range(CLIENTS)))
+    print(dict(told), sizes[len(sizes) // 4] >> 20, "to", sizes[-1] >> 20, "MiB")
+    assert set(told) <= {200, 429, 503}
+    assert told[200] >= 1
+    assert sizes[-1] < sizes[len(sizes) // 4] * 1.2
 
 
 def test_the_merged_copy_is_made_once_and_gc_takes_it(base: Path, home: Path) -> None:
