@@ -13,7 +13,7 @@ import typer
 
 from flows.choices import Format
 from flows.cli.options import SafeConsole, echo, err
-from flows.running.bars import hide_bars
+from flows.running.quiet import hide_bars
 
 app = typer.Typer()
 

@@ -12,7 +12,7 @@ import typer
 
 from flows.choices import StageName
 from flows.cli.options import AsJson, Debug, Overrides, RecipeName, SafeConsole, echo, err
-from flows.running.bars import hide_bars
+from flows.running.quiet import hide_bars
 
 if TYPE_CHECKING:
     from tasks.config import Recipe

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from flows.cli.options import AsJson, SafeConsole, echo
-from flows.running.bars import hide_bars
+from flows.running.quiet import hide_bars
 
 if TYPE_CHECKING:
     from flows.peek import Peeked

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 from flows.running import supervisor
 from flows.running.child import ChildError
+from flows.running.quiet import log_briefly
 from tasks.config import Recipe
 from tasks.refs import PipelineError
 from tasks.reporting.visible import log_visibly, visible
@@ -95,6 +96,7 @@ def supervised(body: Callable[[], R]) -> R:
     logging.getLogger("prefect.engine").addFilter(has_no_state)
     logging.getLogger("prefect.flow_runs").addFilter(has_no_state)
     log_visibly()
+    log_briefly()
     outlive_worker()
     supervisor.end_with_worker()
     try:

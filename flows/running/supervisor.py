@@ -26,6 +26,8 @@ from types import FrameType
 
 import psutil
 
+from flows.running.quiet import log_briefly
+
 LOOK_SECONDS = 0.5
 RUN_SECONDS = 40
 """For flow runs to end in."""
@@ -123,6 +125,7 @@ def _run_inner(parent: int, command: Sequence[str]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     when_parent_is_gone(parent, end)
+    log_briefly()
     sys.argv = [*command]
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 

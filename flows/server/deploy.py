@@ -18,8 +18,8 @@ import yaml
 
 from flows.choices import PoolType
 from flows.recipes import SHIPPED, load_recipe, shipped_names
-from flows.running.bars import hide_bars
 from flows.running.pools import CPU_POOL, CUDA_POOL
+from flows.running.quiet import hide_bars
 from tasks.caching.files import text_digest
 from tasks.refs import ConfigError, PipelineError
 

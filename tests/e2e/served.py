@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 
-from flows.running.bars import SWITCHES
+from flows.running.quiet import SWITCHES
 from tests.support.checkout import Checkout
 from tests.support.tiny import make_tiny_model
 

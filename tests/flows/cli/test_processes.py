@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.running.bars import SWITCHES
+from flows.running.quiet import SWITCHES
 from tests.e2e.tiny_runs import Tiny, make_tiny
 from tests.support import forked
 from tests.support.checkout import PROJECT
