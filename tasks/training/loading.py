@@ -13,7 +13,7 @@ from tasks.refs import Model
 def load_base(path: Path, dtype: str, *, load_in_4bit: bool, device: str) -> Any:
     """The causal language model of a directory, on the device; quantized to NF4 if wanted and not stored so already."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     number = getattr(torch, dtype)
     # None would hide the quantization that a directory's own config.json tells of
@@ -22,7 +22,7 @@ def load_base(path: Path, dtype: str, *, load_in_4bit: bool, device: str) -> Any
         str(path),
         dtype=number,
         device_map={"": device},
-        attn_implementation="sdpa",
+        attn_implementation=attention_of(AutoConfig.from_pretrained(str(path), local_files_only=True)),
         local_files_only=True,
         **quantize,
     )
@@ -30,6 +30,11 @@ def load_base(path: Path, dtype: str, *, load_in_4bit: bool, device: str) -> Any
         if hasattr(module, "compute_dtype"):  # a directory's own config.json may ask for one that the GPU lacks
             module.compute_dtype = number
     return model
+
+
+def attention_of(config: Any) -> str:
+    """Transformers' attention that computes what a model's configuration says: its `sdpa` passes capped scores over."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
 
 
 def load_tokenizer(model: Model) -> Any:

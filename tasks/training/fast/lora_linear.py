@@ -30,6 +30,16 @@ def apply_swiglu(kind: Kind, x: Tensor, a: Tensor, b: Tensor, base: Sequence[Ten
     return in_fp8[kind].apply(x, a, b, *base) if kind in in_fp8 else _SwiGLU.apply(apply(kind, x, a, b, base))
 
 
+def apply_geglu(kind: Kind, x: Tensor, a: Tensor, b: Tensor, base: Sequence[Tensor]) -> Tensor:
+    """gelu(gate) * up, gelu by its tangent hyperbolic, as apply_swiglu but with no kernel of its own."""
+    gate, up = apply(kind, x, a, b, base).chunk(2, 1)
+    return functional.gelu(gate, approximate="tanh") * up
+
+
+GATED = {"silu": apply_swiglu, "gelu_pytorch_tanh": apply_geglu}
+"""By the activation's name in transformers."""
+
+
 class _Plain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Literal
 from tasks.config import FinetuneConfig, FrozenWeights
 from tasks.refs import ConfigError
 from tasks.training.backend import Resolved
+from tasks.training.fast.families import FAMILIES, dropouts, unsupported
 from tasks.training.hardware import GIB
 from tasks.training.memory import estimate_gib
 from tasks.training.model_shape import ModelShape
@@ -63,27 +64,19 @@ def check_supported(path: Path, dtype: str) -> None:
     """
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     stored = config.get("quantization_config")
-    got: dict[str, object] = {
-        "model_type": config.get("model_type"),
-        "hidden_act": config.get("hidden_act", "silu"),
-        "biases": bool(config.get("attention_bias") or config.get("mlp_bias")),
-        "dtype": dtype,
-        "weights": "16 bits" if stored is None else "4 bits" if stored.get("load_in_4bit") else stored.get("quant_method"),
-    }
-    wanted: dict[str, tuple[object, ...]] = {
-        "model_type": ("llama",),
-        "hidden_act": ("silu",),
-        "biases": (False,),
-        "dtype": ("bfloat16", "float32"),
-        "weights": ("16 bits", "4 bits"),
-    }
-    wrong = [f"{name} {got[name]}" for name, allowed in wanted.items() if got[name] not in allowed]
+    weights = "16 bits" if stored is None else "4 bits" if stored.get("load_in_4bit") else stored.get("quant_method")
+    wrong = unsupported(config)
+    wrong += [f"dtype {dtype}"] if dtype not in ("bfloat16", "float32") else []
+    wrong += [f"weights {weights}"] if weights not in ("16 bits", "4 bits") else []
     if wrong:
         raise ConfigError(
-            f"finetune.backend: the fast backend can't train this model: got {', '.join(wrong)}; expected a Llama without "
-            "biases, its weights in 16 bits or in 4 by bitsandbytes, in bfloat16 or float32. "
+            f"finetune.backend: the fast backend can't train this model: got {', '.join(wrong)}; expected a "
+            f"Llama or one of its kin ({', '.join(FAMILIES)}), its weights in 16 bits or in 4 by bitsandbytes, in bfloat16 or "
+            "float32, with no such setting. "
             "Set finetune.backend=hf finetune.gradient_checkpointing=full."
         )
+    if left_out := dropouts(config):
+        logger.warning("finetune: backend fast trains without the dropout of the model's config.json: %s.", left_out)
 
 
 def is_fp8(held: str) -> bool:
