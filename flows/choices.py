@@ -38,6 +38,14 @@ class Format(StrEnum):
     ADAPTER = "adapter"
 
 
+class Bits(StrEnum):
+    """How a GGUF file holds its matrices."""
+
+    BF16 = "bf16"
+    F16 = "f16"
+    Q8_0 = "q8_0"
+
+
 class Written(StrEnum):
     """The format of a file of products to measure with."""
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from flows.choices import Format
+from flows.choices import Bits, Format
 from flows.cli.options import SafeConsole, echo, err
 from flows.running.quiet import hide_bars
 
@@ -68,15 +68,17 @@ def export(
     model: ModelName,
     out: Annotated[Path, typer.Argument(help="The directory to make.")],
     how: Annotated[Format, typer.Option("--format", help="What to write.")] = Format.MERGED,
+    bits: Annotated[Bits | None, typer.Option(help="Of a GGUF file's matrices; else the model's own 16.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Ask a GGUF file the held-out questions in llama.cpp.")] = False,
     push: Annotated[str | None, typer.Option(metavar="HUB_ID", help="Upload it too; the token is HF_TOKEN.")] = None,
 ) -> None:
     """Write a saved model in another form, and load it again to see that it answers the same."""
-    from flows.models.export import announce, export_model, push_to_hub, read_token
+    from flows.models.export import GgufOptions, announce, export_model, push_to_hub, read_token
     from flows.models.saved import find_saved
 
     hide_bars()
     saved, token = find_saved(model), read_token() if push else ""
-    announce(export_model(saved, how, out.absolute()), out, echo)
+    announce(export_model(saved, how, out.absolute(), GgufOptions(bits, check)), out, echo, check=check)
     if push:
         echo(f"pushed: {push_to_hub(out, push, token)}")
 

@@ -2,32 +2,36 @@
 
 adapter         a copy of the saved directory, in PEFT's format
 merged-16bit    adapter and base model as one transformers model, in bfloat16 or float16
-gguf            the same as one file for llama.cpp, Ollama and LM Studio (Llama models)
+gguf            the same as one file for llama.cpp, Ollama and LM Studio, in 16 bits or 8, with a Modelfile
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import yaml
 
-from flows.choices import Format
+from flows.choices import Bits, Format
 from flows.models.saved import Saved
 from tasks.caching.files import space_checked
 from tasks.caching.manifest import MANIFEST
-from tasks.reading.model_files import TOKENIZER
+from tasks.reading.model_files import TOKENIZER, read_json
 from tasks.refs import ConfigError, InputError, Model, PipelineError
 
 if TYPE_CHECKING:
+    from tasks.training.exporting.llama_cpp import Agreement
     from tasks.training.exporting.merging import Difference
 
 TOKEN = "HF_TOKEN"
 GGUF = "model.gguf"
+MODELFILE = "Modelfile"
 TOLD = ("lineage.json", "recipe.yaml", "metrics.json", "generations.jsonl", "LICENSE", "NOTICE")
 USE = {
     "merged-16bit": (
@@ -37,30 +41,57 @@ USE = {
 generate = pipeline("text-generation", model=".", dtype="auto")
 print(generate([{"role": "user", "content": "..."}], max_new_tokens=128)[0]["generated_text"][-1]["content"])""",
     ),
-    "gguf": ("gguf", """# llama-cli -m model.gguf --jinja"""),
+    "gguf": ("gguf", "# llama-cli -m model.gguf --jinja\n# ollama create mine -f Modelfile"),
 }
 """{format: (library_name of its card, how to use it)}."""
 
 
-def export_model(saved: Saved, how: Format, out: Path) -> Difference:
+@dataclass(frozen=True)
+class Exported:
+    """An export, and how it was found to answer."""
+
+    difference: Difference
+    agreement: Agreement | None = None
+    """With llama.cpp, if it was asked."""
+
+
+@dataclass(frozen=True)
+class GgufOptions:
+    """How to write a GGUF file."""
+
+    bits: Bits | None = None
+    """Else the model's own 16."""
+    check: bool = False
+    """Ask it the held-out questions in llama.cpp."""
+
+
+DEFAULT = GgufOptions()
+
+
+def export_model(saved: Saved, how: Format, out: Path, options: GgufOptions = DEFAULT) -> Exported:
     """Write a model to a directory that is not there yet, whole or not at all; how far its answers are from the adapter's.
 
     Raises:
-        InputError: when the directory is there, or the model can't be written in this format.
+        InputError: when the directory is there, the model can't be written in this format, or the options are another format's.
         PipelineError: when what was written does not answer as the adapter does.
     """
     if out.exists():
         raise InputError(f"export {out}: is there already; expected a directory to be made. Remove it or name another.")
+    if how is not Format.GGUF and options != DEFAULT:
+        raise InputError(f"export --bits, --check: got format {how}; expected gguf, whose bits and answers they are.")
     base = saved.base()
     draft = out.with_name(f".{out.name}.{uuid4().hex}")
     with space_checked(draft, _need_bytes(how, base)):
         draft.mkdir(parents=True)
         try:
-            difference = {Format.MERGED: _merged, Format.GGUF: _gguf, Format.ADAPTER: _adapter}[how](saved, base, draft)
+            if how is Format.GGUF:
+                exported = _gguf(saved, base, draft, options)
+            else:
+                exported = Exported({Format.MERGED: _merged, Format.ADAPTER: _adapter}[how](saved, base, draft))
             draft.rename(out)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-    return difference
+    return exported
 
 
 def push_to_hub(directory: Path, repository: str, token: str) -> str:
@@ -124,17 +155,51 @@ def _merged(saved: Saved, base: Model, draft: Path) -> Difference:
     return merging.check_loaded(merged, draft, base)
 
 
-def _gguf(saved: Saved, base: Model, draft: Path) -> Difference:
-    from transformers import AutoConfig
+def _gguf(saved: Saved, base: Model, draft: Path, options: GgufOptions) -> Exported:
+    from transformers import AutoConfig, AutoTokenizer
 
-    from tasks.training.exporting import gguf, merging
+    from tasks.training.exporting import gguf, merging, modelfile
+    from tasks.training.exporting.architectures import architecture_of
 
-    gguf.check_exportable(AutoConfig.from_pretrained(base.path, local_files_only=True), saved.path)
+    config = AutoConfig.from_pretrained(base.path, local_files_only=True)
+    gguf.check_exportable(config, saved.path)
     merged = merging.merge(saved.path, base, sixteen_bits(saved))
-    gguf.write_gguf(merged.model, saved.path, draft / GGUF, saved.recipe.name)
+    bits: gguf.Bits = options.bits.name if options.bits else gguf.own_bits(merged.model)
+    gguf.write_gguf(merged.model, saved.path, draft / GGUF, saved.recipe.name, bits)
+    tokenizer = AutoTokenizer.from_pretrained(saved.path, local_files_only=True)
+    (draft / MODELFILE).write_text(modelfile.make_modelfile(tokenizer, GGUF), encoding="utf-8")
     _copy(saved.path, draft, TOLD)
     _write_card(saved, draft, Format.GGUF)
-    return merging.check_loaded(merged, draft, base, gguf=GGUF)
+    agreement = _ask_llama_cpp(saved, merged.model, tokenizer, draft) if options.check else None
+    gguf.round_matrices(merged.model, bits)
+    rereadable = architecture_of(config).rereadable
+    found = merging.check_loaded(merged, draft, base, gguf=GGUF) if rereadable else merging.check_merged(merged, base)
+    return Exported(found, agreement)
+
+
+def _ask_llama_cpp(saved: Saved, model: Any, tokenizer: Any, draft: Path) -> Agreement | None:
+    """The held-out questions asked in llama.cpp too; what came of it goes into metrics.json and the card."""
+    from tasks.training.exporting import llama_cpp
+
+    if not llama_cpp.has_runtime():
+        return None
+    lines = (saved.path / "generations.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = [str(json.loads(line)["prompt"]) for line in lines]
+    found = llama_cpp.compare_answers(draft / GGUF, model, tokenizer, prompts, saved.recipe.evaluate.max_new_tokens)
+    metrics = read_json(draft / "metrics.json") | {"llama_cpp": found.model_dump()}
+    (draft / "metrics.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False), encoding="utf-8")
+    with (draft / "README.md").open("a", encoding="utf-8") as card:
+        card.write(f"\n{describe_agreement(found)}\n")
+    return found
+
+
+def describe_agreement(found: Agreement) -> str:
+    """How an export answers in llama.cpp, in a sentence."""
+    differs = f"; {found.first_difference}" if found.first_difference else ""
+    return (
+        f"In llama.cpp ({found.runtime}) {found.same_tokens} of {found.prompts} held-out prompts have the same tokens, and "
+        f"{found.same_answers} of {found.prompts} greedy answers the same token ids as in transformers{differs}."
+    )
 
 
 def _adapter(saved: Saved, base: Model, draft: Path) -> Difference:
@@ -163,7 +228,13 @@ def _need_bytes(how: Format, base: Model) -> int:
     return 0 if how is Format.ADAPTER else stored * (4 if is_quantized(Path(base.path)) else 1)
 
 
-def announce(difference: Difference, out: Path, say: Callable[[str], None]) -> None:
+def announce(exported: Exported, out: Path, say: Callable[[str], None], *, check: bool = False) -> None:
     """Where the export lies, and what loading it again showed."""
+    difference = exported.difference
     say(f"exported: {out}")
-    say(f"loaded again: logits differ from the adapter's by at most {difference.max_logit:.3g}, {difference.kl:.2g} nats")
+    how = "loaded again" if difference.loaded else "merged (transformers reads no GGUF of this family)"
+    say(f"{how}: logits differ from the adapter's by at most {difference.max_logit:.3g}, {difference.kl:.2g} nats")
+    if exported.agreement:
+        say(describe_agreement(exported.agreement))
+    elif check:
+        say('llama.cpp: not asked, for no runtime is installed here: pip install "amazon-ft[llamacpp]", then export again')

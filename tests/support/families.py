@@ -80,6 +80,20 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {}),
 }
 """{name: (model_type, what of its config is not SHAPE's)}."""
+EXPORTED: dict[str, dict[str, Any]] = {
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 4, "use_sliding_window": False},
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3_text": {"query_pre_attn_scalar": 16, "num_hidden_layers": 6, "layer_types": None},
+    "phi3": {
+        "max_position_embeddings": 1024,
+        "sliding_window": None,
+        "original_max_position_embeddings": 256,
+        "rope_parameters": LONGROPE | {"original_max_position_embeddings": 256},
+    },
+    "mistral": {"sliding_window": 200},
+    "qwen2": {"sliding_window": 200},
+}
+"""What of them llama.cpp takes for granted."""
 FUSED_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 LORA = LoraSection(r=8, alpha=16)
 

@@ -23,6 +23,8 @@ class Difference(Value):
     """Largest absolute difference of two logits."""
     kl: float
     """Mean Kullback-Leibler divergence, nats."""
+    loaded: bool = True
+    """Whether the file was loaded again; else it is the merged model's, which was written."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def check_loaded(merged: Merged, directory: Path, base: Model, *, gguf: str | No
     import torch
     from transformers import AutoModelForCausalLM
 
-    number, named = getattr(torch, merged.dtype), {"gguf_file": gguf} if gguf else {}
+    number, named = getattr(torch, merged.dtype), {"gguf_file": gguf, "config": merged.model.config} if gguf else {}
     again = AutoModelForCausalLM.from_pretrained(str(directory), dtype=number, local_files_only=True, **named)
     said = logits(again.eval(), base)
     written, rounded = compare_logits(logits(merged.model, base), said), compare_logits(merged.adapter_said, said)
@@ -86,6 +88,11 @@ def check_loaded(merged: Merged, directory: Path, base: Model, *, gguf: str | No
             f"{MAX_KL:g}. Nothing was kept. Export the adapter instead, and report the base model's name."
         )
     return rounded
+
+
+def check_merged(merged: Merged, base: Model) -> Difference:
+    """How far the merged model itself is from the adapter, of an export that transformers can't load again."""
+    return compare_logits(merged.adapter_said, logits(merged.model, base)).model_copy(update={"loaded": False})
 
 
 def check_copy(wanted: Path, got: Path, base: Model, dtype: str) -> Difference:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from flows.choices import Format
+from flows.choices import Bits, Format
 from flows.cli.main import app
-from flows.models.export import card, export_model, push_to_hub
+from flows.models.export import GgufOptions, card, export_model, push_to_hub
 from flows.models.saved import Saved, find_saved
 from tasks.caching.context import open_run
 from tasks.reading.model_files import read_json
@@ -55,7 +56,7 @@ def test_merged_and_gguf_say_the_same_and_nearly_what_the_adapter_says(saved: Sa
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    difference = export_model(saved, Format.MERGED, tmp_path / "merged")
+    difference = export_model(saved, Format.MERGED, tmp_path / "merged").difference
     export_model(saved, Format.GGUF, tmp_path / "gguf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     merged = say(load(tmp_path / "merged"), tokenizer)
@@ -76,7 +77,7 @@ def test_a_base_that_is_stored_in_four_bits_is_widened(how: Format, tmp_path: Pa
     for file in [*plain.glob("tokenizer*"), plain / "special_tokens_map.json"]:
         (base / file.name).write_bytes(file.read_bytes())
     save_tuned(base, make_tiny_adapter(plain, tmp_path / "adapter"))
-    difference = export_model(find_saved("demo"), how, tmp_path / "out")
+    difference = export_model(find_saved("demo"), how, tmp_path / "out").difference
     assert difference.kl < 1e-3
     if how is Format.MERGED:
         assert "quantization_config" not in read_json(tmp_path / "out" / "config.json")
@@ -96,8 +97,38 @@ def test_a_gguf_carries_the_tokenizer_and_its_chat_template(saved: Saved, tmp_pa
     assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
 
 
+def test_a_gguf_is_asked_the_held_out_questions_in_llama_cpp(saved: Saved, tmp_path: Path) -> None:
+    told = CliRunner().invoke(app, ["export", "demo", str(tmp_path / "out"), "--format", "gguf", "--bits", "f16", "--check"])
+    assert told.exit_code == 0, told.output
+    assert (tmp_path / "out" / "Modelfile").read_text().startswith('FROM ./model.gguf\nTEMPLATE """')
+    metrics, card = read_json(tmp_path / "out" / "metrics.json"), (tmp_path / "out" / "README.md").read_text()
+    if find_spec("xllamacpp") is None:
+        assert "llama.cpp: not asked, for no runtime is installed here: pip install" in told.output
+        assert "llama_cpp" not in metrics
+        return
+    sentence = "2 of 2 held-out prompts have the same tokens, and 2 of 2 greedy answers the same token ids as in transformers."
+    assert sentence in told.output
+    assert sentence in card
+    assert (metrics["llama_cpp"]["same_tokens"], metrics["llama_cpp"]["same_answers"]) == (2, 2)
+
+
+def test_eight_bits_are_read_again_as_they_were_rounded(saved: Saved, tmp_path: Path) -> None:
+    sixteen, eight = (
+        export_model(saved, Format.GGUF, tmp_path / bits, GgufOptions(bits)).difference for bits in (Bits.F16, Bits.Q8_0)
+    )
+    assert sixteen.kl < eight.kl < 1e-3
+    sizes = [(tmp_path / bits / "model.gguf").stat().st_size for bits in (Bits.F16, Bits.Q8_0)]
+    assert sizes[1] < sizes[0]
+
+
+def test_bits_of_another_format_are_refused(saved: Saved, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^export --bits, --check: got format merged-16bit; expected gguf"):
+        export_model(saved, Format.MERGED, tmp_path / "out", GgufOptions(Bits.Q8_0))
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_is_copied_to_the_byte(saved: Saved, tmp_path: Path) -> None:
-    difference = export_model(saved, Format.ADAPTER, tmp_path / "deep" / "adapter")
+    difference = export_model(saved, Format.ADAPTER, tmp_path / "deep" / "adapter").difference
     names = {file.name for file in saved.path.iterdir()} - {"manifest.json"}
     assert {file.name for file in (tmp_path / "deep" / "adapter").iterdir()} == names
     assert all((tmp_path / "deep" / "adapter" / name).read_bytes() == (saved.path / name).read_bytes() for name in names)
