@@ -285,6 +285,10 @@ class LoraSection(Section):
     bias: Literal["none", "all", "lora_only"] = "none"
     target_modules: tuple[NonEmpty, ...] = Field(default=LORA_TARGETS, min_length=1)
     use_rslora: bool = False
+    use_dora: bool = False
+    """Directions by LoRA, magnitudes by themselves (https://arxiv.org/abs/2402.09353); backends hf and unsloth."""
+    modules_to_save: tuple[NonEmpty, ...] = ()
+    """Modules that are trained whole, and saved with the adapter: embed_tokens, lm_head; backends hf and unsloth."""
     random_state: Seed = 3407
 
 
@@ -466,6 +470,10 @@ class Recipe(Section):
             (
                 tune.backend == "fast" and (tune.lora.dropout > 0 or tune.lora.bias != "none"),
                 "finetune.backend=fast trains without finetune.lora.dropout and finetune.lora.bias; set 0 and none, or use hf",
+            ),
+            (
+                tune.backend == "fast" and (tune.lora.use_dora or tune.lora.modules_to_save != ()),
+                "finetune.backend=fast trains without finetune.lora.use_dora and modules_to_save; leave them out, or use hf",
             ),
             (
                 tune.gradient_checkpointing == "unsloth" and tune.backend != "unsloth",

@@ -89,6 +89,7 @@ def _prepare(model: Model, batches: Artifact, config: FinetuneConfig, weights: W
     shape, free = model_shape.read_shape(Path(model.path)), hardware.free_gib(device)
     if shape is None:
         return resolved
+    model_shape.check_targets(shape, config)
     tokens = config.batch_size * _longest_row(_rows(batches))
     if config.backend == "fast":
         resolved = memory_plan.choose(config, resolved, shape, tokens, free)

@@ -10,6 +10,8 @@ import pytest
 from typer.main import get_command
 
 from flows.cli.main import app
+from tasks.training.exporting.architectures import ARCHITECTURES
+from tasks.training.fast.families import FAMILIES
 from tests.support.checkout import PROJECT
 
 README_LINES = 150
@@ -23,7 +25,14 @@ MODULE = re.compile(r"python -m (tests\.[\w.]+)")
 PLACEHOLDER = "NAME"
 DOCUMENTS = [
     path
-    for name in ("README.md", "CONTRIBUTING.md", "tests/README.md", "tests/bench/README.md", "deployments/recipes/README.md")
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "FAMILIES.md",
+        "tests/README.md",
+        "tests/bench/README.md",
+        "deployments/recipes/README.md",
+    )
     if (path := PROJECT / name).is_file()
 ]
 README = DOCUMENTS[0].read_text(encoding="utf-8")
@@ -118,6 +127,12 @@ def test_every_shipped_recipe_is_described() -> None:
     described = (PROJECT / "deployments" / "recipes" / "README.md").read_text(encoding="utf-8")
     shipped = [path.name for path in (PROJECT / "deployments" / "recipes").glob("*.yaml")]
     assert [name for name in shipped if f"]({name})" not in described] == []
+
+
+def test_every_family_is_in_the_table_with_the_models_that_it_covers() -> None:
+    rows = re.findall(r"^\| ([^|]+) \(`(\w+)`\) \|", (PROJECT / "FAMILIES.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {kind: title for title, kind in rows} == {kind: family.title for kind, family in FAMILIES.items()}
+    assert FAMILIES.keys() == ARCHITECTURES.keys()
 
 
 def test_paths_are_found_in_prose_and_in_code() -> None:

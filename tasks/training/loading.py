@@ -62,6 +62,8 @@ def attach_fresh_adapter(model: Any, lora: LoraSection) -> Any:
             bias=lora.bias,
             target_modules=list(lora.target_modules),
             use_rslora=lora.use_rslora,
+            use_dora=lora.use_dora,
+            modules_to_save=list(lora.modules_to_save) or None,
             task_type="CAUSAL_LM",
         ),
     )

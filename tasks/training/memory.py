@@ -29,6 +29,7 @@ def estimate_gib(shape: ModelShape, config: FinetuneConfig, resolved: Resolved, 
     embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied else 2) * size
     targets = [shape.linear[name] for name in config.lora.target_modules if name in shape.linear]
     trained = shape.layers * config.lora.r * sum(inputs + outputs for inputs, outputs in targets)
+    trained += shape.vocabulary * shape.hidden * len({"embed_tokens", "lm_head"} & set(config.lora.modules_to_save))
     layer = (sum(outputs for _, outputs in shape.linear.values()) + 2 * shape.hidden) * size
     kept = {"none": shape.layers * layer, "full": shape.layers * shape.hidden * size + layer, "unsloth": layer}
     logits = min(tokens, LOSS_TOKENS) * shape.vocabulary * 4

@@ -55,6 +55,8 @@ def attach_unsloth_adapter(model: Any, lora: LoraSection, gradient_checkpointing
         use_gradient_checkpointing={"unsloth": "unsloth", "full": True, "none": False}[gradient_checkpointing],
         random_state=lora.random_state,
         use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=list(lora.modules_to_save) or None,
     )
 
 

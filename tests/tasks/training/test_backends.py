@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flows.recipes import load_recipe
 from tasks.config import FinetuneConfig, LoraSection, WeightsConfig
 from tasks.finetune import finetune, load_backend
 from tasks.refs import Adapter, ConfigError, InputError, Model, PipelineError
@@ -117,6 +118,27 @@ def test_each_backends_adapter_loads_with_plain_peft(trained: Adapter, model: Mo
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (16, 16, "org/tiny")
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model.path), str(trained.data.path))
     assert tuned.active_adapter == "default"
+
+
+def test_dora_and_a_trained_head_are_saved_as_plain_peft_loads_them(model: Model) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    lora = {"use_dora": True, "modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}
+    trained = train(model, tiny_tokens(40), lora=lora)
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model.path), str(trained.data.path))
+    names = {name for name, _ in tuned.named_parameters() if "default" in name}
+    assert sum("lora_magnitude_vector" in name for name in names) == 2
+    head = tuned.get_base_model().lm_head
+    assert not head.modules_to_save["default"].weight.equal(head.original_module.weight)
+
+
+def test_fast_is_refused_with_what_it_does_not_train() -> None:
+    for setting in ("use_dora=true", "modules_to_save=[lm_head]"):
+        with pytest.raises(
+            ConfigError, match=r"finetune\.backend=fast trains without finetune\.lora\.use_dora and modules_to_save"
+        ):
+            load_recipe("fast", [f"finetune.lora.{setting}"])
 
 
 def test_unsloth_loses_what_plain_trl_loses(model: Model, by_unsloth: list[dict[str, Any]]) -> None:

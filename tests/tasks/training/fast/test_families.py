@@ -18,8 +18,11 @@ from tasks.training.fast import frozen
 from tasks.training.fast.attention import Scores, attend, make_blocks
 from tasks.training.fast.families import FAMILIES
 from tasks.training.fast.memory_plan import check_supported
+from tasks.training.watch import read_log
 from tests.support.families import TINY, tiny_base, tiny_config, with_adapter
 from tests.support.nearness import Rows, gradients, packed, relative, row_by_row, scaled_product
+from tests.support.tiny import make_tiny_model, tiny_reference, tiny_tokens
+from tests.support.train_tiny import train
 
 pytestmark = pytest.mark.heavy
 
@@ -92,6 +95,17 @@ def test_the_saved_adapter_says_in_plain_peft_what_the_training_said(name: str, 
     with torch.no_grad():
         again = torch.cat([tuned(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in ROWS])
     assert (said - again).abs().max() < 1e-4
+
+
+def test_gemma_2_trains_by_fast_as_by_hf_its_capped_scores_too(home: Path, tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "gemma2", vocabulary=440)
+    (path / "model.safetensors").unlink()
+    tiny_base("gemma2").save_pretrained(path)
+    rows, curves = tiny_tokens(16), dict[str, list[float]]()
+    for backend in ("fast", "hf"):
+        adapter = train(tiny_reference(path), rows, backend=backend, max_steps=3, logging_steps=1, save_steps=3)
+        curves[backend] = [record.loss for record in read_log(adapter.log / "train_log.jsonl")]
+    assert curves["fast"] == pytest.approx(curves["hf"], abs=1e-4)
 
 
 KINDS: list[tuple[frozen.Kind, float]] = [("fp8", 0.35), ("fp8-backward", 0.08)]
