@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,13 @@ class ModelShape:
 
 def read_shape(model: Path) -> ModelShape | None:
     """The dimensions of a model directory; None for an architecture without Llama's modules, fused as Phi 3's or not."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
+    stored = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    if "hidden_size" not in stored:
+        return None
     try:
-        config: Any = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        config: Any = CONFIG_MAPPING[stored.get("model_type", "llama")].from_dict(stored)
         return ModelShape(
             hidden=config.hidden_size,
             layers=config.num_hidden_layers,
