@@ -7,6 +7,7 @@ records under AMAZON_FT_HOME, which both machines share.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from flows.running.pools import TRAINING, online_workers
 from tasks.caching.context import context, tell
 from tasks.caching.events import Noticed, TrainingLeft
 from tasks.config import Recipe
-from tasks.refs import PipelineError, Prepared, home
+from tasks.refs import ConfigError, PipelineError, Prepared, home
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 2.0
 LOOK_SECONDS = 10.0
 """Between two looks for a worker."""
+RESTARTS = "AMAZON_FT_RESTARTS"
+"""How often a training whose process, container or machine was lost is started again by its parent; never unless set."""
 
 
 class ChildError(PipelineError):
@@ -41,13 +44,13 @@ class ChildError(PipelineError):
 def run_child(recipe: Recipe, prepared: Prepared) -> None:
     """Run amazon-ft-train as a deployment, nested below the present flow run, and wait for it.
 
-    Whatever ends the waiting, also cancels it.
+    One that began and was lost (its machine was taken away, its container killed) is started again as often as RESTARTS says, and
+    goes on from its checkpoint. Whatever ends the waiting, also cancels it.
 
     Raises:
         ChildError: with its message.
+        ConfigError: for a RESTARTS that is no number.
     """
-    from prefect.deployments import run_deployment
-
     parent = context().run
     assert parent is not None, "a training is left to another machine by a run"
     plain = {
@@ -56,16 +59,57 @@ def run_child(recipe: Recipe, prepared: Prepared) -> None:
         "until": parent.until,
         "run": parent.id,
     }
-    run: FlowRun = run_deployment(TRAINING, parameters=plain, timeout=0, flow_run_name=parent.title, tags=parent.tags)  # pyright: ignore[reportAssignmentType]  # synchronous here
+    for left in range(restarts(), -1, -1):
+        run = _start(plain, parent.title, parent.tags)
+        state = _wait_or_cancel(run.id)
+        if state.is_completed():
+            return
+        if not (left and state.is_crashed() and _has_begun(run.id)):
+            raise ChildError(run.name, state)
+        _tell_restart(ChildError(run.name, state), left)
+
+
+def restarts() -> int:
+    """How often a lost training is started again.
+
+    Raises:
+        ConfigError: for anything but a number.
+    """
+    text = os.environ.get(RESTARTS) or "0"
+    if not text.isdecimal():
+        raise ConfigError(f"{RESTARTS}: no number: got {text}; expected how often a lost training is started again, such as 3.")
+    return int(text)
+
+
+def _start(parameters: dict[str, Any], title: str, tags: list[str]) -> FlowRun:
+    from prefect.deployments import run_deployment
+
+    run: FlowRun = run_deployment(TRAINING, parameters=parameters, timeout=0, flow_run_name=title, tags=tags)  # pyright: ignore[reportAssignmentType]  # synchronous here
     logger.info("finetune, baseline and evaluate run as amazon-ft-train '%s'.", run.name)
     tell(TrainingLeft(run.name))
+    return run
+
+
+def _wait_or_cancel(run: UUID) -> State[Any]:
     try:
-        state = _wait(run.id)
+        return _wait(run)
     except BaseException:
-        _cancel(run.id)
+        _cancel(run)
         raise
-    if not state.is_completed():
-        raise ChildError(run.name, state)
+
+
+def _has_begun(run: UUID) -> bool:
+    """Whether it ever ran: what could not be started once, can't be a second time."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        return client.read_flow_run(run).run_count > 0
+
+
+def _tell_restart(lost: ChildError, left: int) -> None:
+    logger.warning("%s: it is started again and goes on from its checkpoint; %d more times if need be.", lost, left - 1)
+    text = f"# The training was lost and is started again\n\n{lost}\n\nIt goes on from its last checkpoint.\n"
+    tell(Noticed("worker", "the training was lost and is started again", text))
 
 
 def _wait(run: UUID) -> State[Any]:
