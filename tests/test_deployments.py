@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import yaml
 from flows.choices import PoolType
 from flows.recipes import shipped_names
 from flows.running import pools, supervisor
+from flows.running.child import RESTARTS
 from flows.server import deploy
 from tasks.refs import ConfigError
 from tests.support.checkout import PROJECT
@@ -103,12 +106,28 @@ def test_docker_job_asks_for_one_gpu_where_it_trains(prefect_api: str, pool: str
     job = prepared(worker, f"docker-{pool}")
     kwargs = job.container_create_kwargs
     assert job.image == f"amazon-ft:{pool}"
-    assert job.volumes == ["amazon-ft_data:/data"]
+    assert job.volumes == ["amazon-ft_data:/data", "amazon-ft_source:/source:ro"]
+    assert (kwargs["user"], kwargs["read_only"], kwargs["tmpfs"]) == ("10001", True, {"/tmp": "exec"})
     assert kwargs.get("shm_size") == ("8g" if pool == "cuda" else None)
     wanted = [{"Driver": "nvidia", "Count": 1, "Capabilities": [["gpu"]]}] if pool == "cuda" else None
     assert kwargs.get("device_requests") == wanted
     assert job.env["AMAZON_FT_HOME"] == "/data"
     assert job.command == SUPERVISED
+
+
+def test_docker_job_has_the_gpus_memory_user_and_network_of_its_pool(prefect_api: str) -> None:
+    worker = pytest.importorskip("prefect_docker.worker", exc_type=ImportError).DockerWorker
+    gpus = [{"Driver": "nvidia", "DeviceIDs": ["2"], "Capabilities": [["gpu"]]}]
+    job = prepared(worker, "docker-cuda", device_requests=gpus, mem_limit="64g", user="1000:1000", networks=["amazon-ft_default"])
+    assert job.container_create_kwargs["device_requests"] == gpus
+    assert (job.mem_limit, job.memswap_limit, job.networks) == ("64g", "64g", ["amazon-ft_default"])
+    assert job.container_create_kwargs["user"] == "1000:1000"
+
+
+@pytest.mark.parametrize("kind", ["docker", "kubernetes"])
+def test_a_run_on_machines_that_come_and_go_starts_its_lost_training_again(kind: str) -> None:
+    env = template(f"{kind}-cpu")["variables"]["properties"]["env"]["default"]
+    assert int(env[RESTARTS]) > 0
 
 
 @pytest.mark.parametrize("pool", ["cpu", "cuda"])
@@ -164,22 +183,37 @@ def test_automation_is_one_that_prefect_accepts() -> None:
     assert "prefect.flow-run.Completed" in automation.trigger.expect
 
 
+COMPOSE = ["compose.yaml", "compose.gpu.yaml"]
+
+
 def test_compose_takes_its_password_from_the_environment_and_listens_on_loopback() -> None:
     text = (PROJECT / "docker" / "compose.yaml").read_text()
     services = yaml.safe_load(text)["services"]
     assert "POSTGRES_PASSWORD:-" not in text
     assert text.count("${POSTGRES_PASSWORD:?") == 2
-    assert services["server"]["ports"] == ["127.0.0.1:4200:4200"]
-    (device,) = services["cuda-worker"]["deploy"]["resources"]["reservations"]["devices"]
-    assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", 1, ["gpu"])
+    assert services["server"]["ports"] == ["127.0.0.1:${AMAZON_FT_PORT:-4200}:4200"]
     assert services["cpu-worker"]["volumes"] == services["cuda-worker"]["volumes"]
 
 
-def test_compose_file_fits_its_schema() -> None:
+def test_compose_file_asks_for_a_gpu_only_in_its_overlay() -> None:
+    plain, overlay = (yaml.safe_load((PROJECT / "docker" / file).read_text())["services"] for file in COMPOSE)
+    assert not any("deploy" in service for service in plain.values())
+    (device,) = overlay["cuda-worker"]["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["device_ids"], device["capabilities"]) == ("nvidia", ["0"], ["gpu"])
+    assert set(overlay) == {"cuda-worker"}
+
+
+def test_every_lasting_service_tells_whether_it_is_well() -> None:
+    services = yaml.safe_load((PROJECT / "docker" / "compose.yaml").read_text())["services"]
+    assert [name for name, service in services.items() if "healthcheck" not in service] == ["deploy"]
+
+
+@pytest.mark.parametrize("file", COMPOSE)
+def test_compose_file_fits_its_schema(file: str) -> None:
     if find_spec("check_jsonschema") is None:
         pytest.skip("check-jsonschema is not installed")
     check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
-    done = subprocess.run([*check, str(PROJECT / "docker" / "compose.yaml")], capture_output=True, text=True, check=False)
+    done = subprocess.run([*check, str(PROJECT / "docker" / file)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
@@ -193,28 +227,91 @@ def test_dockerfile_passes_hadolint(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", ["Dockerfile.cpu", "Dockerfile.cuda"])
-def test_image_runs_as_nobody_special_from_a_pinned_base_with_a_health_check(file: str) -> None:
+def test_image_runs_as_nobody_special_from_a_pinned_base_that_may_be_another(file: str) -> None:
     lines = (PROJECT / "docker" / file).read_text().splitlines()
     assert "USER 10001" in lines
-    assert any(line.startswith("HEALTHCHECK") for line in lines)
-    bases = [line.split()[1] for line in lines if line.startswith("FROM")]
-    assert all(any(part.isdigit() for part in base.split(":")[1].replace("-", ".").split(".")) for base in bases)
-    assert not any(base.endswith(":latest") for base in bases)
+    (base,) = [line.split("=", 1) for line in lines if re.match(r"ARG \w+_IMAGE=", line)]
+    assert re.search(r":\d+\.\d+", base[1])
+    stages = {line.split()[-1] for line in lines if re.match(r"FROM .* AS ", line)}
+    bases = {line.split()[1] for line in lines if line.startswith("FROM")}
+    assert bases - stages == {f"${{{base[0].removeprefix('ARG ')}}}"}
+
+
+@pytest.mark.parametrize("file", ["Dockerfile.cpu", "Dockerfile.cuda"])
+def test_image_needs_no_registry_but_its_bases_and_names_its_version(file: str) -> None:
+    text = (PROJECT / "docker" / file).read_text()
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    assert not text.startswith("# syntax")
+    assert f"image.version={project['version']} " in text
+    assert "HEALTHCHECK" not in text, "a container that runs a job answers no questions"
 
 
 def test_image_gets_the_dependencies_of_pyproject() -> None:
     done = subprocess.run(
-        [sys.executable, "docker/list_dependencies.py", "cuda"], cwd=PROJECT, capture_output=True, text=True, check=True
+        [sys.executable, "docker/list_dependencies.py", "cuda", "docker"], cwd=PROJECT, capture_output=True, text=True, check=True
     )
     listed = done.stdout.splitlines()
     assert any(line.startswith("prefect>=") for line in listed)
     assert any(line.startswith("unsloth>=") for line in listed)
+    assert any(line.startswith("prefect-docker>=") for line in listed)
 
 
 def test_docker_context_holds_all_that_the_images_copy() -> None:
     allowed = {line[1:] for line in (PROJECT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     for file in ("Dockerfile.cpu", "Dockerfile.cuda"):
         copies = [line.split() for line in (PROJECT / "docker" / file).read_text().splitlines() if line.startswith("COPY")]
-        wanted = {source for words in copies if "--from=build" not in words for source in words[1:-1]}
+        wanted = {source for words in copies if not words[1].startswith("--from=") for source in words[1:-1]}
         assert wanted <= allowed
         assert all((PROJECT / source).exists() for source in wanted)
+
+
+def manifests() -> list[dict[str, Any]]:
+    files = sorted((PROJECT / "deployments" / "kubernetes").glob("*.yaml"))
+    return [item for file in files for item in yaml.safe_load_all(file.read_text())]
+
+
+def of_kind(kind: str) -> dict[str, dict[str, Any]]:
+    return {item["metadata"]["name"]: item for item in manifests() if item["kind"] == kind}
+
+
+def test_kustomization_names_every_manifest() -> None:
+    folder = PROJECT / "deployments" / "kubernetes"
+    listed = yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
+    assert sorted([*listed, "kustomization.yaml"]) == sorted(path.name for path in folder.glob("*.yaml"))
+
+
+def test_cluster_has_the_claims_and_the_namespace_that_the_job_templates_name() -> None:
+    (kustomization,) = (item for item in manifests() if item["kind"] == "Kustomization")
+    for pool in ("cpu", "cuda"):
+        variables = template(f"kubernetes-{pool}")["variables"]["properties"]
+        assert variables["namespace"]["default"] == kustomization["namespace"]
+        assert {variables[name]["default"] for name in ("home_claim", "source_claim")} <= set(of_kind("PersistentVolumeClaim"))
+
+
+def test_workers_of_a_cluster_may_do_with_jobs_and_pods_what_they_have_to_and_no_more() -> None:
+    rules = of_kind("Role")["worker"]["rules"]
+    assert {rule["resources"][0]: rule["verbs"] for rule in rules} == {
+        "jobs": ["get", "list", "watch", "create", "delete"],
+        "pods": ["list", "watch"],
+        "pods/log": ["get"],
+    }
+    assert "*" not in json.dumps(rules)
+    assert not of_kind("ClusterRole")
+
+
+def test_pods_of_a_cluster_run_as_nobody_special_on_a_root_that_may_only_be_read() -> None:
+    pods = [of_kind("Deployment")[name]["spec"]["template"]["spec"] for name in ("server", "worker")]
+    pods += [
+        template(f"kubernetes-{pool}")["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
+        for pool in ("cpu", "cuda")
+    ]
+    for pod in pods:
+        assert (pod["securityContext"]["runAsNonRoot"], pod["securityContext"]["runAsUser"]) == (True, 10001)
+        for container in (*pod["containers"], *pod.get("initContainers", ())):
+            closed = container["securityContext"]
+            assert closed == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert {mount["mountPath"] for mount in container["volumeMounts"]} >= {"/tmp", "/data"}

@@ -23,16 +23,13 @@ FILE = re.compile(
 )
 MODULE = re.compile(r"python -m (tests\.[\w.]+)")
 PLACEHOLDER = "NAME"
+GUIDES = (
+    "tasks/training/README.md",
+    "deployments/recipes/README.md", "deployments/kubernetes/README.md", "docker/README.md",
+)
 DOCUMENTS = [
     path
-    for name in (
-        "README.md",
-        "CONTRIBUTING.md",
-        "FAMILIES.md",
-        "tests/README.md",
-        "tests/bench/README.md",
-        "deployments/recipes/README.md",
-    )
+    for name in ("README.md", "CONTRIBUTING.md", "tests/README.md", "tests/bench/README.md", *GUIDES)
     if (path := PROJECT / name).is_file()
 ]
 README = DOCUMENTS[0].read_text(encoding="utf-8")

@@ -107,7 +107,7 @@ def _has_begun(run: UUID) -> bool:
 
 
 def _tell_restart(lost: ChildError, left: int) -> None:
-    logger.warning("%s: it is started again and goes on from its checkpoint; %d more times if need be.", lost, left - 1)
+    logger.warning("%s\nIt is started again and goes on from its checkpoint; %d more times if need be.", lost, left - 1)
     text = f"# The training was lost and is started again\n\n{lost}\n\nIt goes on from its last checkpoint.\n"
     tell(Noticed("worker", "the training was lost and is started again", text))
 

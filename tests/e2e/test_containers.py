@@ -1,0 +1,156 @@
+"""Images and compose, really built and run: `make containers`. Takes an engine, compose, and minutes for the first build.
+
+What the build needs here (another base, a mirror, a certificate) is given as docker's own options in AMAZON_FT_BUILD_OPTIONS.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from tests.e2e.served import SIZES, Served, until
+from tests.support.checkout import PROJECT
+from tests.support.tiny import make_tiny_model
+
+IMAGE = "amazon-ft:cpu"
+ASKED = "AMAZON_FT_CONTAINERS"
+LONG = ["finetune.max_steps=800", "finetune.logging_steps=10", "finetune.save_steps=100", "model.id=/source/model"]
+"""Settings of a training that is still at it when it is killed."""
+THREADS = {"OMP_NUM_THREADS": "1"}
+"""For equal sums to the last bit, and because more wait for each other on a busy machine."""
+
+pytestmark = [pytest.mark.containers, pytest.mark.timeout(3600)]
+
+
+def docker(*arguments: str, check: bool = True, **env: str) -> str:
+    """What the command printed."""
+    done = subprocess.run(["docker", *arguments], env=os.environ | env, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, f"docker {shlex.join(arguments)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    """The CPU image, built from the Dockerfile as it stands."""
+    if not os.environ.get(ASKED):
+        pytest.skip("containers are only built and run by `make containers`")
+    if shutil.which("docker") is None:
+        pytest.skip("no Docker engine is here: the command docker is missing")
+    if subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
+        pytest.skip("no Docker engine is here: `docker info` fails")
+    options = shlex.split(os.environ.get("AMAZON_FT_BUILD_OPTIONS", ""))
+    docker("build", "-f", str(PROJECT / "docker" / "Dockerfile.cpu"), "-t", IMAGE, *options, str(PROJECT), DOCKER_BUILDKIT="1")
+    return IMAGE
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What containers see at /source: a tiny model."""
+    path = tmp_path_factory.mktemp("source")
+    make_tiny_model(path / "model")
+    for each in (path, *path.rglob("*")):
+        each.chmod(0o755)
+    path.parent.chmod(0o755)
+    return path
+
+
+@pytest.fixture(scope="module")
+def volume() -> Iterator[str]:
+    name = f"amazon-ft-test-{uuid4().hex[:8]}"
+    docker("volume", "create", name)
+    yield name
+    docker("volume", "rm", "--force", name)
+
+
+def run_demo(image: str, volume: str, source: Path, *overrides: str) -> dict[str, str]:
+    """`docker run IMAGE run demo` with nothing but /data to write to; {stage: state}."""
+    options = ["--rm", "--read-only", "--cap-drop", "ALL", "-v", f"{volume}:/data", "-v", f"{source}:/source:ro"]
+    options += [word for name, value in THREADS.items() for word in ("-e", f"{name}={value}")]
+    settings = [word for setting in overrides for word in ("--set", setting)]
+    printed = docker("run", *options, image, "run", "demo", "--json", *settings)
+    return {stage["name"]: stage["state"] for stage in json.loads(printed.splitlines()[-1])["stages"]}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(image: str, volume: str, source: Path) -> dict[str, str]:
+    return run_demo(image, volume, source, *SIZES, *LONG)
+
+
+def adapters(listed: str) -> set[str]:
+    return {line.strip() for line in listed.splitlines() if line.strip()}
+
+
+def test_a_small_run_completes_as_nobody_special_and_is_cached_afterwards(
+    undisturbed: dict[str, str], image: str, volume: str, source: Path
+) -> None:
+    assert undisturbed["finetune"] == undisturbed["save"] == "completed"
+    assert docker("run", "--rm", image, "id", "-u").strip() == "10001"
+    assert set(run_demo(image, volume, source, *SIZES, *LONG).values()) == {"cached"}
+
+
+def test_a_container_without_a_command_says_what_it_can_do(image: str) -> None:
+    assert "Usage: amazon-ft" in docker("run", "--rm", image)
+
+
+@pytest.fixture(scope="module")
+def composed(image: str, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, list[str]]]:
+    """compose.yaml, brought up from nothing; and the words that its other commands begin with."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url, project = f"http://127.0.0.1:{port}", f"amazon-ft-test-{uuid4().hex[:8]}"
+    threads = tmp_path_factory.mktemp("compose") / "threads.json"
+    threads.write_text(json.dumps({"services": {"cuda-worker": {"environment": THREADS}}}))
+    files = [PROJECT / "docker" / "compose.yaml", threads]
+    words = ["compose", "--project-name", project, *(word for file in files for word in ("--file", str(file)))]
+    given = {
+        "POSTGRES_PASSWORD": "p@ss/word:%",
+        "AMAZON_FT_PORT": str(port),
+        "AMAZON_FT_URL": url,
+        "AMAZON_FT_SOURCE": str(source),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in given.items():
+            patch.setenv(name, value)
+        try:
+            docker(*words, "up", "--detach", "--wait", "--no-build")
+            yield Served(url, source, Path("/source/model"), None), words  # type: ignore[arg-type]
+        finally:
+            print(docker(*words, "logs", "--no-color", "--tail", "200", check=False))  # shown with what failed
+            docker(*words, "down", "--volumes", "--timeout", "60", check=False)
+
+
+def test_a_deployed_run_survives_the_end_of_server_database_and_worker_and_learns_the_same(
+    composed: tuple[Served, list[str]], undisturbed: dict[str, str], image: str, volume: str
+) -> None:
+    served, words = composed
+    settings = json.dumps([*SIZES, *LONG])
+    command = ["prefect", "deployment", "run", "amazon-ft/demo", "--param", f"overrides={settings}"]
+    docker(*words, "exec", "-T", "cpu-worker", *command)
+    run = until(lambda: served.post("flow_runs/filter", flows={"name": {"any_": ["amazon-ft"]}}))[0]["id"]
+
+    def wait_for_checkpoint(other_than: set[str]) -> set[str]:
+        listed = ["exec", "-T", "cpu-worker", "sh", "-c", "ls -d /data/work/*/checkpoint-*"]
+        return until(lambda: adapters(docker(*words, *listed, check=False)) - other_than)
+
+    seen = wait_for_checkpoint(set())
+    docker(*words, "kill", "database", "server")
+    docker(*words, "start", "database", "server")
+    wait_for_checkpoint(seen)
+    docker(*words, "kill", "cuda-worker")
+    docker(*words, "start", "cuda-worker")
+    ended = served.ended(run)
+    assert ended["state_type"] == "COMPLETED", ended["state"]
+    trainings = sorted(served.children(run), key=lambda child: child["created"])
+    assert [child["state_type"] for child in trainings] == ["CRASHED", "COMPLETED"]
+    learnt = adapters(docker(*words, "exec", "-T", "cpu-worker", "ls", "/data/artifacts/adapter"))
+    assert learnt == adapters(docker("run", "--rm", "-v", f"{volume}:/data", image, "ls", "/data/artifacts/adapter"))
