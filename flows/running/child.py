@@ -184,12 +184,13 @@ def _training_pool() -> str:
 
 def _cancel(run: UUID) -> None:
     from prefect.client.orchestration import get_client
-    from prefect.states import Cancelling
+    from prefect.states import Cancelled, Cancelling
 
     try:
         with get_client(sync_client=True) as client:
             state = client.read_flow_run(run).state
             if state is None or not state.is_final():  # it may have ended by the same signal
-                client.set_flow_run_state(run, Cancelling(message="The parent flow run ended first."))
+                begun = state is not None and state.is_running()  # only what runs can answer Cancelling
+                client.set_flow_run_state(run, (Cancelling if begun else Cancelled)(message="The parent flow run ended first."))
     except httpx.HTTPError:
         logger.warning("amazon-ft-train could not be cancelled: the server does not answer.", exc_info=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,7 +48,7 @@ def worker(deployment: Any, *endings: tuple[str, ...]) -> Iterator[list[Any]]:
                         seen.append(run.id)
                         for state in endings[len(seen) - 1]:
                             client.set_flow_run_state(run.id, State(type=state, message=f"{state.lower()} here"))
-                time.sleep(0.05)
+                over.wait(0.05)
 
     ready = threading.Event()
     thread = threading.Thread(target=contextvars.copy_context().run, args=[work], daemon=True)  # with Prefect's settings
@@ -97,6 +96,26 @@ def test_one_that_never_began_failed_or_was_cancelled_is_not(training: Any, run_
     with worker(training, ending) as seen, pytest.raises(child.ChildError):
         run_child("2")
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize(("begun", "state"), [(("PENDING",), "CANCELLED"), (("PENDING", "RUNNING"), "CANCELLING")], ids=" ".join)
+def test_a_parent_that_ends_cancels_what_began_and_what_waits_for_a_machine(
+    training: Any, run_child: Any, monkeypatch: pytest.MonkeyPatch, begun: tuple[str, ...], state: str
+) -> None:
+    from prefect.client.orchestration import get_client
+
+    read_state = child._read_state
+
+    def end(run: Any) -> Any:
+        if (now := read_state(run)) is not None and now.type == begun[-1]:
+            raise KeyboardInterrupt
+        return now
+
+    monkeypatch.setattr(child, "_read_state", end)
+    with worker(training, begun) as seen, pytest.raises(KeyboardInterrupt):
+        run_child("0")
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(seen[0]).state.type == state
 
 
 def test_anything_but_a_number_is_refused(run_child: Any) -> None:
