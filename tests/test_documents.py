@@ -25,7 +25,9 @@ MODULE = re.compile(r"python -m (tests\.[\w.]+)")
 PLACEHOLDER = "NAME"
 GUIDES = (
     "tasks/training/README.md",
-    "deployments/recipes/README.md", "deployments/kubernetes/README.md", "docker/README.md",
+    "deployments/recipes/README.md",
+    "deployments/kubernetes/README.md",
+    "docker/README.md",
 )
 DOCUMENTS = [
     path
@@ -127,7 +129,9 @@ def test_every_shipped_recipe_is_described() -> None:
 
 
 def test_every_family_is_in_the_table_with_the_models_that_it_covers() -> None:
-    rows = re.findall(r"^\| ([^|]+) \(`(\w+)`\) \|", (PROJECT / "FAMILIES.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| ([^|]+) \(`(\w+)`\) \|", (PROJECT / "tasks" / "training" / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert {kind: title for title, kind in rows} == {kind: family.title for kind, family in FAMILIES.items()}
     assert FAMILIES.keys() == ARCHITECTURES.keys()
 
