@@ -73,11 +73,18 @@ def _by_llama_cpp(
 
     server = serve_file(file, max(map(len, ids)) + max_new_tokens)
     cut, answers = list[list[int]](), list[list[int]]()
-    for prompt, tokens in zip(prompts, ids, strict=True):
-        asked = {"content": prompt, "add_special": False, "parse_special": True}
-        cut.append(httpx.post(f"{server.listening_address}/tokenize", json=asked).json()["tokens"])
-        asked = {"prompt": tokens, "n_predict": max_new_tokens, "temperature": 0, "cache_prompt": False, "return_tokens": True}
-        answers.append(_until(httpx.post(f"{server.listening_address}/completion", json=asked).json()["tokens"], end))
+    with httpx.Client(base_url=server.listening_address, timeout=None) as client:  # an answer takes as long as the machine does
+        for prompt, tokens in zip(prompts, ids, strict=True):
+            asked = {"content": prompt, "add_special": False, "parse_special": True}
+            cut.append(client.post("/tokenize", json=asked).json()["tokens"])
+            asked = {
+                "prompt": tokens,
+                "n_predict": max_new_tokens,
+                "temperature": 0,
+                "cache_prompt": False,
+                "return_tokens": True,
+            }
+            answers.append(_until(client.post("/completion", json=asked).json()["tokens"], end))
     return cut, answers
 
 
