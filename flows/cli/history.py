@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import AsJson, SafeConsole, echo
+from flows.cli.options import AsJson, SafeConsole, echo, print_found
 
 app = typer.Typer()
 
@@ -20,30 +20,22 @@ def status(as_json: AsJson = False) -> None:
     """Say what goes on here: server, workers, living runs, the last one, promoted models."""
     from flows.server.status import examine_now, show_status
 
-    now = examine_now()
-    if as_json:
-        echo(json.dumps(now, ensure_ascii=False))
-    else:
-        show_status(now, SafeConsole())
+    print_found(examine_now(), as_json, show_status)
 
 
 @app.command()
-def runs(as_json: Annotated[bool, typer.Option("--json", help="As one JSON list.")] = False) -> None:
+def runs(as_json: AsJson = False) -> None:
     """List the runs of AMAZON_FT_HOME, newest first."""
     from flows.reports.history import listing, show_runs
 
-    found = listing()
-    if as_json:
-        echo(json.dumps(found, ensure_ascii=False))
-    else:
-        show_runs(found, SafeConsole())
+    print_found(listing(), as_json, show_runs)
 
 
 @app.command()
 def compare(
     first: Annotated[str, typer.Argument(metavar="RUN", help=RUN)],
     second: Annotated[str, typer.Argument(metavar="RUN", help="The other.")],
-    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what differs between two runs: settings, data, metrics."""
     from flows.reports.history import compare_runs, find_run, show_comparison

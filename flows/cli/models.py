@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated
 import typer
 
 from flows.choices import Bits, Format
-from flows.cli.options import SafeConsole, echo, err
+from flows.cli.options import AsJson, echo, print_found, remark
 from flows.running.quiet import hide_bars
 
 app = typer.Typer()
@@ -23,15 +22,11 @@ ModelName = Annotated[
 
 
 @app.command()
-def models(as_json: Annotated[bool, typer.Option("--json", help="As one JSON list.")] = False) -> None:
+def models(as_json: AsJson = False) -> None:
     """List the saved models of AMAZON_FT_HOME, newest first."""
     from flows.models.saved import list_saved, show_models
 
-    found = list_saved()
-    if as_json:
-        echo(json.dumps(found, ensure_ascii=False))
-    else:
-        show_models(found, SafeConsole())
+    print_found(list_saved(), as_json, show_models)
 
 
 @app.command()
@@ -50,7 +45,7 @@ def ask(
 
     hide_bars()
     saved = find_saved(model)
-    _tell(f"model: {saved.path}")
+    remark(f"model: {saved.path}")
     columns = dict(_pair(text) for text in column or ())
     options = AskOptions(title, question, compare, max_new_tokens, prompt, columns)
     answer_titles(saved, options, read=input, say=_sayer())
@@ -96,7 +91,7 @@ def serve(
     from flows.models.serve import become_server
 
     hide_bars()
-    become_server(find_saved(model), port, _tell)
+    become_server(find_saved(model), port, remark)
 
 
 def _sayer() -> Callable[[str], None]:
@@ -107,7 +102,3 @@ def _sayer() -> Callable[[str], None]:
         echo(text, nl=False)
 
     return WrappedWords(get_terminal_size().columns, say) if sys.stdout.isatty() else say
-
-
-def _tell(text: str) -> None:
-    err.print(text, soft_wrap=True, highlight=False, markup=False)

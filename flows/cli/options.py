@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import typer
@@ -33,9 +34,23 @@ def echo(text: str, *, nl: bool = True) -> None:
     typer.echo(visible(text), nl=nl)
 
 
+def print_found(found: Any, as_json: bool, draw: Callable[[Any, Console], None]) -> None:
+    """Print what a command found: one line of JSON for programs, else drawn for people."""
+    if as_json:
+        echo(json.dumps(found, ensure_ascii=False))
+    else:
+        draw(found, SafeConsole())
+
+
 err = SafeConsole(stderr=True)
+
+
+def remark(text: str) -> None:
+    """Say how a command gets on, a line that no width breaks, to standard error."""
+    err.print(text, soft_wrap=True, highlight=False, markup=False)
+
 
 RecipeName = Annotated[str, typer.Argument(metavar="[RECIPE|FILE]", help="A shipped recipe or a .yaml file.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value; may be repeated.")]
-AsJson = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="End with one line of JSON on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show stack traces, and of a run Prefect's own log.")]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flows.choices import PoolType
-from flows.cli.options import FAILED, AsJson, Overrides, RecipeName, SafeConsole, echo, err
+from flows.cli.options import FAILED, AsJson, Overrides, RecipeName, SafeConsole, echo, remark
 
 app = typer.Typer()
 
@@ -60,8 +60,8 @@ def deploy(
     from flows.server.deploy import server_url, set_up
 
     url = server_url()
-    set_up(pools, gpus, overwrite=overwrite, say=_tell)
-    _tell(f"registered at {url}: work pools cpu and cuda, every deployment of deployments/prefect.yaml")
+    set_up(pools, gpus, overwrite=overwrite, say=remark)
+    remark(f"registered at {url}: work pools cpu and cuda, every deployment of deployments/prefect.yaml")
 
 
 @app.command()
@@ -77,7 +77,3 @@ def doctor(recipe: RecipeName = "default", overrides: Overrides = None, as_json:
     else:
         tables.print_findings(found, SafeConsole())
     raise typer.Exit(FAILED if any(finding.state == "missing" for finding in found) else 0)
-
-
-def _tell(text: str) -> None:
-    err.print(text, soft_wrap=True, highlight=False)

@@ -46,5 +46,6 @@ def dispatch(recipe: Recipe, prepared: Prepared, train_here: Callable[[Recipe, P
 def _made_for_this_run() -> dict[str, dict[str, Any]]:
     """{key: entry} of the stage calls of the newest run that trained for the present one."""
     run = context().run
-    newest = next((past for past in past_runs() if run is not None and past["parent"] == run.id), None)
-    return {entry["key"]: entry for entry in newest["stages"]} if newest else {}
+    assert run is not None, "a training is left to another machine by a run"
+    newest = next((past["stages"] for past in past_runs() if past["parent"] == run.id), [])
+    return {entry["key"]: entry for entry in newest}
