@@ -20,6 +20,7 @@ import yaml
 
 from flows.choices import Bits, Format
 from flows.models.saved import Saved
+from flows.reports.results import read_lines
 from tasks.caching.files import space_checked
 from tasks.caching.manifest import MANIFEST
 from tasks.reading.model_files import TOKENIZER, read_json
@@ -183,8 +184,7 @@ def _ask_llama_cpp(saved: Saved, model: Any, tokenizer: Any, draft: Path) -> Agr
 
     if not llama_cpp.has_runtime():
         return None
-    lines = (saved.path / "generations.jsonl").read_text(encoding="utf-8").splitlines()
-    prompts = [str(json.loads(line)["prompt"]) for line in lines]
+    prompts = [str(said["prompt"]) for said in read_lines(saved.path / "generations.jsonl")]
     found = llama_cpp.compare_answers(draft / GGUF, model, tokenizer, prompts, saved.recipe.evaluate.max_new_tokens)
     metrics = read_json(draft / "metrics.json") | {"llama_cpp": found.model_dump()}
     (draft / "metrics.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False), encoding="utf-8")
