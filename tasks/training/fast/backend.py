@@ -9,7 +9,10 @@ What is our own here, because no library does it as fast or at all, and by how m
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +47,20 @@ def make_packed_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
     """A transformers.Trainer of the wrapped model, whose loss is that of tasks/training/fast/packed.py."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
-    rows = read_rows(job)
+    rows, ahead = read_rows(job), Ahead()
     packed = packed_llama(job, wrapped)
 
     class PackedTrainer(Trainer):
+        def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().get_batch_samples(ahead.of(epoch_iterator), *args, **kwargs)
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            ahead.fetch()
+            return loss
+
         def compute_loss(self, model: Any, inputs: Any, *_: Any, num_items_in_batch: Any = None, **__: Any) -> Any:
-            return model(inputs, num_items_in_batch) * self.accelerator.num_processes  # of which DDP takes the mean
+            return model(inputs, num_items_in_batch) * self.accelerator.num_processes  # of which gradients.py takes the mean
 
     known = {name: value for name, value in sft_arguments(job).items() if name not in ONLY_TRL}
     trainer = PackedTrainer(
@@ -59,7 +70,7 @@ def make_packed_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
         data_collator=collator(job, max_lengths(rows)),
         processing_class=tokenizer,
     )
-    wrapped.forward = packed.loss  # through the model, for DDP exchanges the gradients of what goes through it
+    wrapped.forward = packed.loss
     trainer.model_accepts_loss_kwargs = True  # the loss is already divided by all labelled tokens of a step
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -74,6 +85,37 @@ def fast_arguments(device: str) -> dict[str, Any]:
     names = ("bf16", "fp16", "remove_unused_columns", "gradient_checkpointing", "logging_nan_inf_filter")
     copying = {"accelerator_config": {"non_blocking": True}} if device == "cuda" else {}
     return dict.fromkeys(names, False) | copying
+
+
+class Ahead:
+    """A loader's batches, each laid out while the GPU is still busy with the backward pass before it.
+
+    A Trainer asks for them at the beginning of a step, when a GPU has nothing left to do but the optimizer's last kernels.
+    """
+
+    def __init__(self) -> None:
+        self._source: Iterator[Any] = iter(())
+        self._waiting: deque[Any] = deque()
+
+    def of(self, source: Iterator[Any]) -> Ahead:
+        """These batches, one after the other; those of another source are forgotten."""
+        if source is not self._source:
+            self._source, self._waiting = source, deque()
+        return self
+
+    def fetch(self) -> None:
+        """Let the source lay out a further batch, if it has one."""
+        self._waiting.extend(islice(self._source, 1))
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._waiting:
+            self.fetch()
+        if not self._waiting:
+            raise StopIteration
+        return self._waiting.popleft()
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ from tasks.training.watch import tell_steps
 
 logger = logging.getLogger(__name__)
 
+PROCESS = "tasks.rank"
+"""The module that each process runs."""
 FOLDER, TOLD = "ranks", "told.jsonl"
 LOOK_SECONDS = 0.2
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -108,7 +110,7 @@ def launch(devices: int, folder: Path) -> None:
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=dict.fromkeys(range(1, devices), Std.ALL)),
     )
-    elastic_launch(config, sys.executable)("-m", "tasks.rank", str(folder))
+    elastic_launch(config, sys.executable)("-m", PROCESS, str(folder))
 
 
 @dataclass(frozen=True)

@@ -2,44 +2,57 @@
 
 A Trainer deals whole micro-batches in turn, fills up the last step with rows seen before, and makes a step of more rows the more
 processes there are. Here a step has the rows that it has in one process, and in the same order; each process gets as many
-micro-batches as the others, so that Trainer's loop, its counting of learnt tokens over all processes and DDP stay as they are.
+micro-batches as the others, so that Trainer's loop and its counting of learnt tokens over all processes stay as they are.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from tasks.training.parallel.dealing import Idle, deal, micro_steps, row_costs
+from tasks.training.parallel.evening import Room, even_out
 
 RNG_STATE = "rng_state.pth"
 """Where a Trainer alone keeps its random state."""
+KEPT_STEPS = 2
+"""Steps whose packs' rows are kept dealt: that of the micro-batches at hand, and the next."""
 
 
 class Dealt(BatchSampler):
-    """The micro-batches of one process."""
+    """The micro-batches of one process: numbers of rows, or where rows are packed, [(the step's packs, which micro-batch)]."""
 
     def __init__(
-        self, order: Sampler[int], costs: Sequence[float], *, batch_size: int, step_rows: int, rank: int, ranks: int
+        self,
+        order: Sampler[int],
+        costs: Sequence[float],
+        *,
+        batch_size: int,
+        step_rows: int,
+        rank: int,
+        ranks: int,
+        packed: bool = False,
     ) -> None:
         super().__init__(order, batch_size, drop_last=False)
-        self._order, self._costs, self._step_rows = order, costs, step_rows
+        self._order, self._costs, self._step_rows, self._packed = order, costs, step_rows, packed
         self._rank, self._ranks = rank, ranks
 
     def steps(self) -> Iterator[list[int]]:
         """The rows of each step, on all processes."""
         yield from BatchSampler(self._order, self._step_rows, drop_last=False)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         for rows in self.steps():
-            yield from deal(rows, self._costs, self.batch_size, self._ranks)[self._rank]
+            for number, share in enumerate(deal(rows, self._costs, self.batch_size, self._ranks)[self._rank]):
+                yield [(tuple(rows), number)] if self._packed and share else share
 
     def __len__(self) -> int:
         full, rest = divmod(len(self._costs), self._step_rows)
@@ -49,21 +62,55 @@ class Dealt(BatchSampler):
         return micro_steps(rows, self.batch_size, self._ranks)
 
 
+class EvenedPacks(Dataset[dict[str, Any]]):
+    """A process's packs of each step, after rows have been exchanged between processes; a micro-batch of them as one."""
+
+    def __init__(self, packs: Any, costs: Sequence[float], *, batch_size: int, rank: int, ranks: int) -> None:
+        lengths = packs.data["seq_lengths"].combine_chunks()
+        self._packs, self._costs, self._batch_size, self._rank, self._ranks = packs, costs, batch_size, rank, ranks
+        self._lengths = lengths.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(lengths.value_lengths().to_numpy(zero_copy_only=False))])
+        tokens = np.add.reduceat(self._lengths, self._starts[:-1])
+        self._room = Room(int(tokens.max()), int(np.diff(self._starts).max()))
+        self.rows_of_step = lru_cache(KEPT_STEPS)(self._rows_of_step)
+
+    def __getitem__(self, key: tuple[tuple[int, ...], int]) -> dict[str, Any]:
+        step, number = key
+        first = number * self._batch_size
+        rows = np.concatenate(self.rows_of_step(step)[self._rank][first : first + self._batch_size])
+        owners = np.searchsorted(self._starts, rows, "right") - 1
+        whole = {owner: self._packs[int(owner)] for owner in np.unique(owners)}
+        parts = [(whole[owner], self._span(owner, row)) for owner, row in zip(owners, rows, strict=True)]
+        joined = {name: [token for pack, span in parts for token in pack[name][span]] for name in ("input_ids", "labels")}
+        return joined | {"seq_lengths": self._lengths[rows].tolist()}
+
+    def _span(self, pack: int, row: int) -> slice:
+        """Where a row's tokens are in its pack."""
+        first = int(self._lengths[self._starts[pack] : row].sum())
+        return slice(first, first + int(self._lengths[row]))
+
+    def _rows_of_step(self, step: tuple[int, ...]) -> list[list[Any]]:
+        """For each process its packs, each the numbers of its rows."""
+        dealt = deal(step, self._costs, self._batch_size, self._ranks)
+        packs = [[np.arange(*self._starts[[pack, pack + 1]]) for micro in share for pack in micro] for share in dealt]
+        return even_out(packs, self._lengths, self._room)
+
+
 def deal_to_ranks(trainer: Any, rank: int, ranks: int) -> None:
     """Let a Trainer under torchrun take its share of each step of the training that it would be alone."""
     from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 
     args, costs = trainer.args, row_costs(trainer.train_dataset.data)
-    step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    sizes = {"batch_size": args.per_device_train_batch_size, "step_rows": step_rows, "rank": rank, "ranks": ranks}
-    collate = idle_where_empty(trainer.data_collator, packed="seq_lengths" in trainer.train_dataset.column_names)
+    batch_size, packed = args.per_device_train_batch_size, "seq_lengths" in trainer.train_dataset.column_names
+    step_rows, place = batch_size * args.gradient_accumulation_steps, {"batch_size": batch_size, "rank": rank, "ranks": ranks}
+    collate = idle_where_empty(trainer.data_collator, packed=packed)
 
     def get_train_dataloader() -> Any:
         rows = trainer._remove_unused_columns(trainer.train_dataset, description="Training")
         order = SeedableRandomSampler(rows, data_seed=args.data_seed)  # what accelerate makes of a Trainer's own
         made: Any = DataLoader(
-            rows,
-            batch_sampler=Dealt(order, costs, **sizes),
+            EvenedPacks(rows, costs, **place) if packed else rows,
+            batch_sampler=Dealt(order, costs, step_rows=step_rows, packed=packed, **place),
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
@@ -78,10 +125,9 @@ def deal_to_ranks(trainer: Any, rank: int, ranks: int) -> None:
         )
 
     trainer.get_train_dataloader = get_train_dataloader
-    args.gradient_accumulation_steps = micro_steps(step_rows, args.per_device_train_batch_size, ranks)
+    args.gradient_accumulation_steps = micro_steps(step_rows, batch_size, ranks)
     if args.use_cpu:
         args._setup_devices = torch.device("cpu")  # for accelerate it is cpu:0, where torch can't load an optimizer to
-    _exchange_adapters_only(trainer)
     _keep_one_random_state(trainer, rank)
 
 
@@ -103,17 +149,6 @@ def idle_where_empty(collate: Callable[[Sequence[Any]], dict[str, Any]], *, pack
         return collate(rows) if rows else Idle(collate([blank]))
 
     return collate_or_idle
-
-
-def _exchange_adapters_only(trainer: Any) -> None:
-    """DDP copies all weights from the first process to the others, unless told; frozen ones are the same on all."""
-    model, settings = trainer.model, trainer.accelerator.ddp_handler
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    # what DistributedDataParallel._set_params_and_buffers_to_ignore_for_model sets, as there is no other way
-    model._ddp_params_and_buffers_to_ignore = frozen + [name for name, _ in model.named_buffers()]
-    settings.find_unused_parameters, settings.gradient_as_bucket_view = False, True
-    # else each layer's compiled function is cut in pieces, for an overlap that there is from layer to layer anyway
-    torch._dynamo.config.optimize_ddp = False  # pyright: ignore[reportPrivateUsage]
 
 
 def _keep_one_random_state(trainer: Any, rank: int) -> None:

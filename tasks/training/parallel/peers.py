@@ -60,9 +60,11 @@ class Peers:
 
     def join(self, trainer: Any) -> None:
         """Let the Trainer take its share of each step."""
+        from tasks.training.parallel.gradients import exchange_gradients
         from tasks.training.parallel.loader import deal_to_ranks
 
         deal_to_ranks(trainer, self._rank, self._ranks)
+        exchange_gradients(trainer)
 
     def any(self, wish: bool) -> bool:
         """Whether some process has the wish; all ask at the same step."""
@@ -76,7 +78,7 @@ class Peers:
     def of_all(self, records: Sequence[StepRecord]) -> list[StepRecord]:
         """Steps as they were on all processes together: a mean of losses, a sum of tokens, the fullest memory.
 
-        A process's loss is its part of the step's, times their number, as DDP's mean of gradients wants it.
+        A process's loss is its part of the step's, times their number, as the mean of gradients wants it.
         """
         import torch
         import torch.distributed as dist

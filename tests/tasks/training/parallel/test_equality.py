@@ -7,14 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from tasks.config import FinetuneConfig
 from tasks.finetune import finetune
 from tasks.refs import Model
-from tasks.training.parallel.dealing import deal, micro_steps
 from tasks.training.watch import StepRecord, read_log
 from tests.support.ranks import launch_forked
 from tests.support.tiny import make_tiny_model, tiny_reference, tiny_tokens
@@ -80,20 +77,3 @@ def test_the_number_of_devices_is_not_in_the_key(model: Model) -> None:
     keys = {finetune.key(inputs(model, tiny_tokens(4), devices=devices)) for devices in (1, 2, "auto")}
     assert len(keys) == 1
     assert FinetuneConfig().devices == 1
-
-
-@given(st.data(), st.integers(1, 9), st.integers(1, 4))
-def test_every_row_is_dealt_once_and_no_micro_batch_is_too_large(data: st.DataObject, ranks: int, batch_size: int) -> None:
-    costs = data.draw(st.lists(st.floats(1, 1e6), min_size=1, max_size=40))
-    rows = data.draw(st.permutations(range(len(costs))))
-    shares = deal(rows, costs, batch_size, ranks)
-    assert len(shares) == ranks
-    assert {len(share) for share in shares} == {micro_steps(len(rows), batch_size, ranks)}
-    assert sorted(row for share in shares for batch in share for row in batch) == sorted(rows)
-    assert all(len(batch) <= batch_size for share in shares for batch in share)
-
-
-def test_long_rows_are_spread() -> None:
-    costs = [100.0, 90.0, 10.0, 9.0, 8.0, 1.0]
-    loads = [sum(costs[row] for batch in share for row in batch) for share in deal(range(6), costs, 2, 2)]
-    assert loads == [109.0, 109.0]
