@@ -332,6 +332,9 @@ class FinetuneConfig(Section):
     devices: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = aside(1)
     """GPUs (on a CPU: processes) that share the rows of each step; `auto`: all GPUs that the run may use, as far as a step has
     rows for them. It changes the time, not the result."""
+    sharded: Literal["auto"] | bool = aside("auto")
+    """Backend fast on several devices: whether each holds only its share of the base model's matrices, and the layer at hand
+    whole. Slower; `auto`: where one device can't hold them all. It changes the time, not the result."""
     eval_steps: int | None = Field(default=None, ge=1)
     """The loss on the held-out rows every so many steps, a multiple of logging_steps; null: never. What is chosen by it
     (`keep`, `early_stopping`) is chosen on the rows that evaluate judges by, which flatters the result a little."""

@@ -92,7 +92,7 @@ def _prepare(model: Model, batches: Artifact, config: FinetuneConfig, weights: W
     model_shape.check_targets(shape, config)
     tokens = config.batch_size * _longest_row(_rows(batches))
     if config.backend == "fast":
-        resolved = memory_plan.choose(config, resolved, shape, tokens, free)
+        resolved = memory_plan.choose(config, resolved, shape, tokens, free, devices=hardware.count_devices(config, device))
     loaded = resolved.model_copy(update={"load_in_4bit": resolved.load_in_4bit or loading.is_in_4bit(Path(model.path))})
     estimate = resolved.estimated_gib or memory.estimate_gib(shape, config, loaded, tokens)
     if free is not None:

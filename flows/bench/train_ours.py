@@ -57,7 +57,7 @@ def time_training(model: Model, packs: Path, device: str, config: FinetuneConfig
     assert shape is not None
     longest = max_lengths(Dataset.from_file(str(packs))).pack
     with TemporaryDirectory() as work, observing(told):
-        chosen = memory_plan.choose(config, resolved, shape, longest, free)
+        chosen = memory_plan.choose(config, resolved, shape, longest, free, devices=hardware.count_devices(config, device))
         job = Job(model, packs, True, config, longest, chosen, Path(work))
         peak = train_job(job)
     a_step = (told.times[-1] - told.times[0]) / (steps * (len(told.times) - 1))

@@ -22,6 +22,8 @@ class Resolved(Value):
     versions: dict[str, str]
     frozen_weights: FrozenWeights = "plain"
     """How the fast backend holds the base model's matrices."""
+    sharded: bool = False
+    """Whether its devices share these matrices out."""
     estimated_gib: dict[str, float] | None = None
     """Weights, adapter, optimizer, activations and their total, estimated before loading."""
     free_gib: float | None = None

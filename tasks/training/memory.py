@@ -18,14 +18,20 @@ NF4_BYTES = 0.53
 """A weight in NF4 with doubly quantized scales. Source: bitsandbytes, blocks of 64 and 256."""
 OPTIMIZER_BYTES = {"adamw_8bit": 2, "adamw_torch": 8, "adamw_torch_fused": 8}
 """Two moments for each trained parameter."""
+GATHERED_LAYERS = 2
+"""Of a model that is shared out: the one that is computed, and the next."""
 LOSS_TOKENS = 1024
 """Tokens whose logits are in memory at once: both backends take the loss in chunks."""
 
 
-def estimate_gib(shape: ModelShape, config: FinetuneConfig, resolved: Resolved, tokens: int) -> dict[str, float]:
-    """The least memory that a training step of so many tokens takes, in GiB: weights, adapter, optimizer, activations, total."""
+def estimate_gib(shape: ModelShape, config: FinetuneConfig, resolved: Resolved, tokens: int, shares: int = 1) -> dict[str, float]:
+    """The least memory that a training step of so many tokens takes, in GiB: weights, adapter, optimizer, activations, total.
+
+    On one of so many devices that share out the layers' matrices.
+    """
     size = BYTES[resolved.dtype]
-    linear = shape.layers * shape.layer_parameters * (NF4_BYTES if resolved.load_in_4bit else size)
+    held = shape.layers if shares == 1 else shape.layers / shares + GATHERED_LAYERS
+    linear = held * shape.layer_parameters * (NF4_BYTES if resolved.load_in_4bit else size)
     embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied else 2) * size
     targets = [shape.linear[name] for name in config.lora.target_modules if name in shape.linear]
     trained = shape.layers * config.lora.r * sum(inputs + outputs for inputs, outputs in targets)

@@ -86,7 +86,7 @@ def train_on_some(
     if packed:
         shape = model_shape.read_shape(model)
         assert shape is not None
-        resolved = memory_plan.choose(config, resolved, shape, longest, hardware.free_gib(device))
+        resolved = memory_plan.choose(config, resolved, shape, longest, hardware.free_gib(device), devices=count)
     job = Job(directory_model(model, name=model.name), rows, packed, config, longest, resolved, work)
     peak = train_job(job)
     records = read_log(work / LOG)

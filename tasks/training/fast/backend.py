@@ -16,8 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.training.backend import Job
-from tasks.training.loading import attach_fresh_adapter, load_base, load_tokenizer
+from tasks.training.backend import Job, Resolved
+from tasks.training.loading import attach_fresh_adapter, is_in_4bit, load_base, load_tokenizer
+from tasks.training.parallel.peers import count_processes
 from tasks.training.trainer import on_one_gpu, read_rows, run_trainer, sft_arguments
 
 if TYPE_CHECKING:
@@ -38,8 +39,10 @@ class FastBackend:
 
     def train(self, job: Job) -> float:
         """Train on packs, or on rows laid end to end; see tasks.training.backend.Backend."""
-        resolved = job.resolved
-        model = load_base(Path(job.model.path), resolved.dtype, load_in_4bit=resolved.load_in_4bit, device=resolved.device)
+        resolved, path = job.resolved, Path(job.model.path)
+        large = is_shared_out(resolved) and not (resolved.load_in_4bit or is_in_4bit(path))
+        device = "cpu" if large else resolved.device
+        model = load_base(path, resolved.dtype, load_in_4bit=resolved.load_in_4bit, device=device)
         return run_trainer(job, make_packed_trainer(job, attach_fresh_adapter(model, job.config.lora), load_tokenizer(job.model)))
 
 
@@ -48,6 +51,8 @@ def make_packed_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     rows, ahead = read_rows(job), Ahead()
+    known = {name: value for name, value in sft_arguments(job).items() if name not in ONLY_TRL}
+    arguments = on_one_gpu(TrainingArguments(**(known | fast_arguments(job.resolved.device))))  # they join the other processes
     packed = packed_llama(job, wrapped)
 
     class PackedTrainer(Trainer):
@@ -62,10 +67,9 @@ def make_packed_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
         def compute_loss(self, model: Any, inputs: Any, *_: Any, num_items_in_batch: Any = None, **__: Any) -> Any:
             return model(inputs, num_items_in_batch) * self.accelerator.num_processes  # of which gradients.py takes the mean
 
-    known = {name: value for name, value in sft_arguments(job).items() if name not in ONLY_TRL}
     trainer = PackedTrainer(
         model=wrapped,
-        args=on_one_gpu(TrainingArguments(**(known | fast_arguments(job.resolved.device)))),
+        args=arguments,
         train_dataset=rows,
         data_collator=collator(job, max_lengths(rows)),
         processing_class=tokenizer,
@@ -154,7 +158,14 @@ def packed_llama(job: Job, wrapped: Any) -> PackedLlama:
         resolved.frozen_weights,
         checkpointed=resolved.gradient_checkpointing == "full",
         compiled=resolved.device == "cuda" and resolved.dtype != "float32",
+        sharded=is_shared_out(resolved),
+        device=resolved.device,
     )
+
+
+def is_shared_out(resolved: Resolved) -> bool:
+    """Whether this process holds its share of the base model's matrices only."""
+    return resolved.sharded and count_processes() > 1
 
 
 def collator(job: Job, lengths: Lengths) -> Collator:

@@ -7,7 +7,7 @@ Source of the arithmetic: transformers 5.17, models/MODEL_TYPE/modeling_MODEL_TY
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -119,16 +119,16 @@ def kind_of_positions(config: Any, index: int) -> str | None:
     return types[index] if types and types[index] in config.rope_parameters else None
 
 
-def take_over(body: Any, config: Any, kind: Kind, common: LayerConfig) -> list[Layer]:
-    """The decoder layers of a wrapped model, their frozen matrices taken out of its modules."""
+def take_over(body: Any, config: Any, kind: Kind, common: LayerConfig, device: torch.device) -> Iterator[Layer]:
+    """The decoder layers of a wrapped model, their frozen matrices taken out of its modules to the device, one by one."""
     family, dtype = FAMILIES[config.model_type], body.embed_tokens.weight.dtype
-    found: list[Layer] = []
     for index, (layer, window) in enumerate(zip(body.layers, windows_of(config), strict=True)):
-        maps = [fuse_linears(getattr(layer, part), names, kind, dtype) for part, names in (FUSED if family.fused else GROUPS)]
+        maps = [
+            fuse_linears(getattr(layer, part), names, kind, dtype, device) for part, names in (FUSED if family.fused else GROUPS)
+        ]
         rotary = bool(getattr(layer.self_attn, "use_rope", True))
         own = replace(common, rotary=rotary, scores=common.scores._replace(window=window))
-        found.append(Layer(maps, norms_of(layer, family), own, kind_of_positions(config, index)))
-    return found
+        yield Layer(maps, norms_of(layer, family), own, kind_of_positions(config, index))
 
 
 def norms_of(layer: Any, family: Family) -> Norms:

@@ -30,8 +30,8 @@ class Map(NamedTuple):
     """Of all maps, (out,)."""
 
 
-def fuse_linears(parent: Any, names: Sequence[str], kind: Kind, dtype: torch.dtype) -> Map:
-    """The frozen matrices of modules with a common input as one, taken out of the modules, and their adapters.
+def fuse_linears(parent: Any, names: Sequence[str], kind: Kind, dtype: torch.dtype, device: torch.device) -> Map:
+    """The frozen matrices of modules with a common input as one on the device, taken out of the modules, and their adapters.
 
     They are held in the compute type where `kind` cannot have them.
     """
@@ -46,10 +46,10 @@ def fuse_linears(parent: Any, names: Sequence[str], kind: Kind, dtype: torch.dty
         states = [linear.weight.quant_state for linear in linears]
         base = frozen.freeze_nf4([linear.weight.data for linear in linears], [unnested_scales(state) for state in states])
     else:
-        base = frozen.FREEZE[kind](torch.cat([plain_weight(linear).to(dtype) for linear in linears]), rank)
+        base = frozen.FREEZE[kind](torch.cat([plain_weight(linear).to(device, dtype) for linear in linears]), rank)
     for linear in linears:
         linear.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-    biases = [linear.bias.to(dtype) for linear in linears if linear.bias is not None]
+    biases = [linear.bias.to(device, dtype) for linear in linears if linear.bias is not None]
     return Map(kind, base, tuple(downs), tuple(ups), torch.cat(biases) if biases else None)
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tasks.config import FinetuneConfig, FrozenWeights
 from tasks.refs import ConfigError
@@ -32,11 +31,27 @@ USABLE = 0.95
 """Share of the free memory to plan with; the rest goes to fragments."""
 
 
-def choose(config: FinetuneConfig, resolved: Resolved, shape: ModelShape, tokens: int, free_gib: float | None) -> Resolved:
-    """The fastest of the wanted ways whose estimate fits into the free memory; the leanest where none does.
+class Way(NamedTuple):
+    """How a base model can be held."""
+
+    frozen_weights: FrozenWeights
+    checkpointing: Checkpointing
+    sharded: bool = False
+
+
+def choose(
+    config: FinetuneConfig,
+    resolved: Resolved,
+    shape: ModelShape,
+    tokens: int,
+    free_gib: float | None,
+    *,
+    devices: int = 1,
+) -> Resolved:
+    """The fastest of the wanted ways whose estimate fits into each device's free memory; the leanest where none does.
 
     Raises:
-        ConfigError: for fp8 on a GPU without it.
+        ConfigError: for fp8 on a GPU without it, or where one device is to share the base model out.
     """
     capability = compute_capability(resolved.device)
     if is_fp8(config.frozen_weights) and capability < FP8_CAPABILITY:
@@ -45,11 +60,11 @@ def choose(config: FinetuneConfig, resolved: Resolved, shape: ModelShape, tokens
             "expected auto, plain or nf4. Set finetune.frozen_weights=auto."
         )
     chosen = resolved
-    for held, checkpointing in ways(config, capability, shape.hidden):
-        chosen = resolved.model_copy(
-            update={"frozen_weights": held, "load_in_4bit": held == "nf4", "gradient_checkpointing": checkpointing}
-        )
-        chosen = chosen.model_copy(update={"estimated_gib": _estimate(shape, config, chosen, tokens), "free_gib": free_gib})
+    for held, checkpointing, sharded in ways(config, capability, shape.hidden, devices):
+        taken = {"frozen_weights": held, "load_in_4bit": held == "nf4", "gradient_checkpointing": checkpointing}
+        chosen = resolved.model_copy(update=taken | {"sharded": sharded})
+        estimate = _estimate(shape, config, chosen, tokens, devices if sharded else 1)
+        chosen = chosen.model_copy(update={"estimated_gib": estimate, "free_gib": free_gib})
         if free_gib is None or chosen.estimated_gib["total"] <= USABLE * free_gib:  # pyright: ignore[reportOptionalSubscript]
             break
     _tell(chosen)
@@ -84,27 +99,36 @@ def is_fp8(held: str) -> bool:
     return held in ("fp8", "fp8-backward")
 
 
-def ways(config: FinetuneConfig, capability: tuple[int, int], hidden: int) -> Iterator[tuple[FrozenWeights, Checkpointing]]:
+def ways(config: FinetuneConfig, capability: tuple[int, int], hidden: int, devices: int = 1) -> list[Way]:
     """The ways that are wanted and can be had here for a model of that width, fastest first.
 
-    >>> list(ways(FinetuneConfig(backend="fast", gradient_checkpointing="auto"), (8, 0), 4096))
+    >>> [tuple(way)[:2] for way in ways(FinetuneConfig(backend="fast", gradient_checkpointing="auto"), (8, 0), 4096)]
     [('plain', 'none'), ('plain', 'full'), ('nf4', 'none'), ('nf4', 'full')]
+    >>> ways(FinetuneConfig(backend="fast", sharded=True, frozen_weights="fp8"), (9, 0), 4096, 2)
+    [Way(frozen_weights='fp8', checkpointing='full', sharded=True)]
     """
     fastest: tuple[FrozenWeights, ...] = ("fp8",) if capability >= FP8_CAPABILITY and hidden >= FP8_HIDDEN else ("plain",)
     on_gpu: tuple[FrozenWeights, ...] = (*fastest, "nf4") if capability > (0, 0) else ("plain",)
     held = on_gpu if config.frozen_weights == "auto" else (config.frozen_weights,)
     kept: tuple[Checkpointing, ...] = ("none", "full")
-    return product(held, kept if config.gradient_checkpointing == "auto" else (_checkpointing(config),))
+    whole = [Way(*way) for way in product(held, kept if config.gradient_checkpointing == "auto" else (_checkpointing(config),))]
+    shared = [Way(way, "full", sharded=True) for way in held] if devices > 1 else []
+    if config.sharded is True and not shared:
+        raise ConfigError(
+            "finetune.sharded: nothing to share the base model out to: got true and 1 device; expected several devices. "
+            "Set finetune.devices to their number, or finetune.sharded=auto."
+        )
+    return {"auto": whole + shared, True: shared, False: whole}[config.sharded]
 
 
 def _checkpointing(config: FinetuneConfig) -> Checkpointing:
     return "none" if config.gradient_checkpointing == "none" else "full"
 
 
-def _estimate(shape: ModelShape, config: FinetuneConfig, resolved: Resolved, tokens: int) -> dict[str, float]:
-    parts = {name: value for name, value in estimate_gib(shape, config, resolved, tokens).items() if name != "total"}
+def _estimate(shape: ModelShape, config: FinetuneConfig, resolved: Resolved, tokens: int, shares: int) -> dict[str, float]:
+    parts = {name: value for name, value in estimate_gib(shape, config, resolved, tokens, shares).items() if name != "total"}
     if resolved.frozen_weights == "fp8-backward":
-        parts["weights"] = round(parts["weights"] + shape.layers * shape.layer_parameters / GIB, 4)
+        parts["weights"] = round(parts["weights"] + shape.layers * shape.layer_parameters / shares / GIB, 4)
     parts["activations"] = round(parts["activations"] * KEPT, 4)
     return parts | {"total": round(sum(parts.values()), 4)}
 
@@ -112,9 +136,10 @@ def _estimate(shape: ModelShape, config: FinetuneConfig, resolved: Resolved, tok
 def _tell(chosen: Resolved) -> None:
     estimate = chosen.estimated_gib or {}
     room = "" if chosen.free_gib is None else f" of {chosen.free_gib:.1f} GiB free"
+    shared = ", shared out over the devices" if chosen.sharded else ""
     logger.info(
-        "finetune: base matrices %s, gradient checkpointing %s: the fastest that fits on %s (about %.1f GiB%s).",
-        *(chosen.frozen_weights, chosen.gradient_checkpointing, chosen.device_name, estimate.get("total", 0.0), room),
+        "finetune: base matrices %s%s, gradient checkpointing %s: the fastest that fits on %s (about %.1f GiB%s).",
+        *(chosen.frozen_weights, shared, chosen.gradient_checkpointing, chosen.device_name, estimate.get("total", 0.0), room),
     )
 
 

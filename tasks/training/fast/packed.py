@@ -10,8 +10,9 @@ Shapes: T tokens of all rows together, W width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -23,21 +24,33 @@ from torch.utils.checkpoint import checkpoint
 from tasks.training.fast import frozen
 from tasks.training.fast.attention import Scores, seen_blocks
 from tasks.training.fast.frozen import Kind
-from tasks.training.fast.layers import RowBounds, block, common_config, put_adapters, rms_norm, take_over
+from tasks.training.fast.layers import Layer, RowBounds, block, common_config, put_adapters, rms_norm, take_over
 from tasks.training.fast.loss import IGNORED, Logits, linear_loss
 from tasks.training.fast.maps import Map, lora_scaling
 from tasks.training.fast.positions import Positions
+from tasks.training.parallel.shards import Shards
 
 
 class PackedLlama:
     """A PEFT-wrapped causal language model of Llama's kind as a function from a batch to its loss."""
 
-    def __init__(self, wrapped: Any, kind: Kind, *, checkpointed: bool, compiled: bool) -> None:
-        """Take over the frozen matrices of `wrapped`, which can no longer run by itself then."""
+    def __init__(
+        self, wrapped: Any, kind: Kind, *, checkpointed: bool, compiled: bool, sharded: bool = False, device: str | None = None
+    ) -> None:
+        """Take over the frozen matrices of `wrapped`, which can no longer run by itself then.
+
+        `sharded` shares them out over the processes of the training; each layer is checkpointed then. The model may be in main
+        memory, and is moved to the device, a layer after the other.
+        """
         model, config = wrapped.get_base_model(), wrapped.config
         self._body, self._head = model.model, model.lm_head.weight
         self._config = common_config(self._body, config, lora_scaling(wrapped))
-        self._layers = take_over(self._body, config, kind, self._config)
+        place = torch.device(device) if device else self._head.device
+        taken = take_over(self._body, config, kind, self._config, place)
+        self._layers: list[Layer] = []
+        self._shards = Shards(self._take_bases(taken)) if sharded else None
+        self._layers += taken
+        wrapped.to(place)
         self._positions = Positions(self._body.rotary_emb, list(dict.fromkeys(layer.positions for layer in self._layers)))
         self._embedding = float(getattr(config, "embedding_multiplier", 1.0))
         self._logits = Logits(float(getattr(config, "logits_scaling", 1.0)), getattr(config, "final_logit_softcapping", None))
@@ -64,11 +77,27 @@ class PackedLlama:
         tables = self._positions.tables(x, batch)
         x = x[0].detach().requires_grad_(torch.is_grad_enabled())  # as in later layers, so that one compiled block serves all
         rows = self._rows(batch, x)
-        for maps, norms, config, positions in self._layers:
-            self._refresh(maps, x.dtype)
-            inputs = (x, *tables[positions], rows[config.scores], maps, norms, config)
-            x = checkpoint(self._block, *inputs, use_reentrant=False) if self._checkpointed else self._block(*inputs)
+        if self._shards is not None:
+            return self._shards(x, [partial(self._run_with, layer, tables, rows) for layer in self._layers])
+        for layer in self._layers:
+            x = self._run(layer, tables, rows, x, checkpointed=self._checkpointed)
         return x
+
+    def _take_bases(self, layers: Iterable[Layer]) -> Iterator[list[tuple[Tensor, ...]]]:
+        """The frozen tensors of each layer's maps, which the layers are kept without."""
+        for layer in layers:
+            self._layers.append(layer._replace(maps=[linear._replace(base=()) for linear in layer.maps]))
+            yield [linear.base for linear in layer.maps]
+
+    def _run_with(self, layer: Layer, tables: Any, rows: Any, bases: Sequence[Sequence[Tensor]], x: Tensor) -> Tensor:
+        maps = [linear._replace(base=tuple(base)) for linear, base in zip(layer.maps, bases, strict=True)]
+        return self._run(layer._replace(maps=maps), tables, rows, x, checkpointed=False)
+
+    def _run(self, layer: Layer, tables: Any, rows: Any, x: Tensor, *, checkpointed: bool) -> Tensor:
+        maps, norms, config, positions = layer
+        self._refresh(maps, x.dtype)
+        inputs = (x, *tables[positions], rows[config.scores], maps, norms, config)
+        return checkpoint(self._block, *inputs, use_reentrant=False) if checkpointed else self._block(*inputs)
 
     def _rows(self, batch: Mapping[str, Any], x: Tensor) -> dict[Scores, RowBounds]:
         """Where a batch's rows are, for each kind of layer."""

@@ -102,4 +102,9 @@ class Peers:
 
 def find_peers() -> Alone | Peers:
     """Those that torchrun started beside this process, if it did."""
-    return Peers() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Alone()
+    return Peers() if count_processes() > 1 else Alone()
+
+
+def count_processes() -> int:
+    """How many torchrun started, this one among them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

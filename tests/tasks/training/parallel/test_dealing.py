@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def test_rows_that_change_packs_are_all_kept_and_fit(packs: list[list[int]], ran
     assert all(0 < len(pack) <= room.rows and lengths[pack].sum() <= room.tokens for share in evened for pack in share)
     assert max(work(lengths, share) for share in evened) <= max(work(lengths, share) for share in shares)
     again = even_out(shares, lengths, room)
-    assert all(np.array_equal(*pair) for pair in zip(sum(evened, []), sum(again, []), strict=True))
+    assert all(np.array_equal(*pair) for pair in zip(chain(*evened), chain(*again), strict=True))
 
 
 def test_long_rows_change_places_with_as_many_tokens_of_short_ones() -> None:
