@@ -68,3 +68,14 @@ class Held(StrEnum):
     FP8 = "fp8"
     FP8_BACKWARD = "fp8-backward"
     NF4 = "nf4"
+
+
+class Shape(StrEnum):
+    """A published model whose shape is measured with random weights."""
+
+    LLAMA_3_8B = "llama-3-8b"
+    LLAMA_3_70B = "llama-3-70b"
+    LLAMA_31_8B = "llama-3.1-8b"
+    QWEN_25_7B = "qwen2.5-7b"
+    MISTRAL_7B_V03 = "mistral-7b-v0.3"
+    GEMMA_2_9B = "gemma-2-9b"

@@ -37,7 +37,7 @@ FLOP_PER_WEIGHT = 4
 
 
 def bench_train(
-    model: Model, data: Path, *, held: tuple[str, ...], against_document: bool, devices: int = 1, console: Console
+    model: Model, data: Path, *, held: Sequence[str], against_document: bool, devices: int = 1, console: Console
 ) -> dict[str, Any]:
     """Measure on one GPU, or on several beside one, held meanwhile, and print; all numbers, with machine and versions.
 
@@ -50,20 +50,22 @@ def bench_train(
     if against_document and find_spec("unsloth") is None:
         raise InputError("bench train: --against document: got no package unsloth; expected it. pip install unsloth unsloth_zoo")
     with held_gpus("cuda", devices):
-        return _bench(model, data, [*held, *(["document"] if against_document else [])], devices, console)
+        return measure_sides(model, data, [*held, *(["document"] if against_document else [])], devices, console)
 
 
-def _bench(model: Model, data: Path, sides: Sequence[str], devices: int, console: Console) -> dict[str, Any]:
+def measure_sides(model: Model, data: Path, sides: Sequence[str], devices: int, console: Console) -> dict[str, Any]:
+    """Measure on GPUs that are held already, and print; see bench_train."""
     device = device_here()
     memory_plan.check_supported(Path(model.path), hardware.resolve_dtype("auto", device))
     if device == "cpu":
         console.print("No GPU here: a tiny model on the CPU, which shows that both sides run and says nothing of a GPU's speed.")
-    limit, weights = matmul_limit(device), linear_weights(model)
+    limit, flop = matmul_limit(device), linear_weights(model) * FLOP_PER_WEIGHT
     measured: dict[str, Any] = {}
     for side in sides:
         for count in (1,) if side == "document" or devices == 1 else (1, devices):
             found = measure_training_side(side, model, data, device, used=count, step_packs=devices)
-            found["share_of_limit"] = round(found["tokens_per_second"] * weights * FLOP_PER_WEIGHT / limit / count, 3)
+            found["tflops"] = round(found["tokens_per_second"] * flop / 1e12, 6)
+            found["share_of_limit"] = round(found["tokens_per_second"] * flop / limit / count, 3)
             measured[name := side if count == 1 else f"{side} x{count}"] = found
             console.print(f"{name}: {json.dumps(found)}", highlight=False)
     console.print(speed_table(measured))
@@ -75,6 +77,7 @@ def _bench(model: Model, data: Path, sides: Sequence[str], devices: int, console
         "versions": package_versions(hardware.LIBRARIES),
         "matmul_limit_tflops": round(limit / 1e12, 3),
         "model": model.name,
+        "flop_per_token": flop,
         "sides": measured,
         "ratio": training_speedups(measured),
         "times_one_device": device_speedups(measured),

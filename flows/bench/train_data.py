@@ -10,7 +10,7 @@ from typing import Any
 from flows.recipes import load_recipe
 from tasks.config import Recipe
 from tasks.reading.model_files import directory_model
-from tasks.refs import Model
+from tasks.refs import Model, Tokenizer
 
 GPU_ROWS, CPU_ROWS = 20_000, 200
 """Products to generate."""
@@ -35,7 +35,7 @@ def tiny_model(tokenizer: Path, directory: Path) -> Model:
     return directory_model(directory, name="tiny random Llama")
 
 
-def make_data(recipe: Recipe, model: Model, directory: Path) -> Path:
+def make_data(recipe: Recipe, tokenizer: Tokenizer, directory: Path) -> Path:
     """packs.arrow and texts.json of the recipe's products, generated or read, by its own stages."""
     from datasets import Dataset
 
@@ -54,8 +54,8 @@ def make_data(recipe: Recipe, model: Model, directory: Path) -> Path:
     products = ingest.execute({"source": source, "config": recipe.ingest})
     split = sample.execute({"products": products, "config": recipe.sample})
     conversations = sharegpt.execute({"split": split, "config": recipe.sharegpt})
-    texts = template.execute({"conversations": conversations, "special": model.tokenizer.special, "config": recipe.template})
-    tokens = tokenize.execute({"texts": texts, "tokenizer": model.tokenizer, "config": recipe.tokenize})
+    texts = template.execute({"conversations": conversations, "special": tokenizer.special, "config": recipe.template})
+    tokens = tokenize.execute({"texts": texts, "tokenizer": tokenizer, "config": recipe.tokenize})
     packs = pack.execute({"tokens": tokens.train, "config": recipe.pack})
     directory.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(packs / "packs.arrow", directory / "packs.arrow")

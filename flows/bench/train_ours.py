@@ -64,6 +64,7 @@ def time_training(model: Model, packs: Path, device: str, config: FinetuneConfig
     return {
         "windows": [round(speed, 1) for speed in told.speeds[1:]],
         "peak_gib": peak,
+        "estimated_gib": (chosen.estimated_gib or {}).get("total"),
         "seconds_to_first_step": round(told.times[0] - STARTED - (steps - 1) * a_step, 1),
         "seconds_a_step": round(a_step, 4),
         "resolved": chosen.model_dump(exclude={"versions"}),

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from flows.choices import Against, Held, Written
+from flows.choices import Against, Held, Shape, Written
 
 if TYPE_CHECKING:
-    from tasks.refs import Model
+    from tasks.refs import Model, Tokenizer
 
 app = typer.Typer(no_args_is_help=True, help="Measure, on this machine.")
 
@@ -52,41 +52,64 @@ def data(
 def train(
     against: Annotated[Against | None, typer.Option(help="Run the document's own code after ours; needs Unsloth.")] = None,
     model: Annotated[Path | None, typer.Option(help="A model directory; else fast's, on a CPU a tiny one.")] = None,
+    shape: Annotated[list[Shape] | None, typer.Option(help="Random weights of this shape; may be repeated.")] = None,
     data: Annotated[Path | None, typer.Option(help="Holds packs.arrow and texts.json; else generated.")] = None,
     held: Annotated[list[Held] | None, typer.Option(help="How the base matrices lie in memory; may be repeated.")] = None,
     devices: Annotated[int, typer.Option(min=1, help="Train on so many GPUs too, after one, in steps of as many packs.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers there.")] = None,
 ) -> None:
-    """Text tokens a second of the fast backend: share of the matmul limit, memory, seconds to the first step."""
-    from flows.bench.train import bench_train, device_here
+    """Text tokens a second of the fast backend: share of the matmul limit, memory, seconds to the first step.
 
+    With --shape, --model gives the tokenizer alone; token ids beyond a shape's vocabulary are taken modulo its size.
+    """
+    from flows.bench.train import bench_train, device_here
+    from flows.bench.train_shapes import bench_shapes
+
+    if shape and against:
+        raise typer.BadParameter("has no other side for random weights", param_hint="--against")
+    device, ways = device_here(), [way.value for way in held or [Held.AUTO]]
     with TemporaryDirectory() as scratch:
-        reference, source = bench_inputs(model, data, Path(scratch), device_here())
-        ways = tuple(way.value for way in held or [Held.AUTO])
-        compared = against is not None
-        found = bench_train(reference, source, held=ways, against_document=compared, devices=devices, console=Console())
+        if shape:
+            tokenizer = bench_tokenizer(model, device)
+            source, names = bench_source(data, tokenizer, Path(scratch), device), [name.value for name in shape]
+            found = bench_shapes(names, tokenizer, source, held=ways, devices=devices, console=Console())
+        else:
+            reference = bench_model(model, Path(scratch), device)
+            source, compared = bench_source(data, reference.tokenizer, Path(scratch), device), against is not None
+            found = bench_train(reference, source, held=ways, against_document=compared, devices=devices, console=Console())
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def bench_inputs(model: Path | None, data: Path | None, scratch: Path, device: str) -> tuple[Model, Path]:
-    """The model and the data that were named, or what stands in for them."""
+def bench_model(model: Path | None, scratch: Path, device: str) -> Model:
+    """The model that was named, or what stands in for it."""
+    from flows.bench.train_data import tiny_model
+    from flows.recipes import load_recipe
+    from tasks.model import base_model, with_weights
     from tasks.reading.model_files import directory_model
 
     if model is not None:
-        reference = directory_model(model.resolve(), name=model.resolve().name)
-    else:
-        from flows.bench.train_data import tiny_model
-        from flows.recipes import load_recipe
-        from tasks.model import base_model, with_weights
+        return directory_model(model.resolve(), name=model.resolve().name)
+    if device == "cuda":
+        return with_weights(base_model(load_recipe("fast", ["ingest.sources=trn.json"]).model))
+    return tiny_model(Path(base_model(load_recipe("demo").model).tokenizer.path), scratch / "tiny")
 
-        if device == "cuda":
-            reference = with_weights(base_model(load_recipe("fast", ["ingest.sources=trn.json"]).model))
-        else:
-            reference = tiny_model(Path(base_model(load_recipe("demo").model).tokenizer.path), scratch / "tiny")
-    if data is not None:
-        return reference, data.resolve()
+
+def bench_tokenizer(model: Path | None, device: str) -> Tokenizer:
+    """The tokenizer of the model that was named, which needs no weights then, or of what stands in for it."""
+    from flows.recipes import load_recipe
+    from tasks.model import base_model
+    from tasks.reading.model_files import directory_tokenizer
+
+    if model is not None:
+        return directory_tokenizer(model.resolve())
+    recipe = load_recipe("fast", ["ingest.sources=trn.json"]) if device == "cuda" else load_recipe("demo")
+    return base_model(recipe.model).tokenizer
+
+
+def bench_source(data: Path | None, tokenizer: Tokenizer, scratch: Path, device: str) -> Path:
+    """The data that was named, or generated."""
     from flows.bench.train_data import bench_recipe, make_data
 
-    return reference, make_data(bench_recipe(device), reference, scratch / "data")
+    return data.resolve() if data is not None else make_data(bench_recipe(device), tokenizer, scratch / "data")

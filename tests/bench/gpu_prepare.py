@@ -160,13 +160,13 @@ def prepare_speed(home: Path, source: Path, model: Path, rows: int) -> None:
     """speed/: packs.arrow and texts.json of the same products in conversations of one turn and of three."""
     from flows.bench.train_data import make_data
     from flows.recipes import load_recipe
-    from tasks.reading.model_files import directory_model
+    from tasks.reading.model_files import directory_tokenizer
 
     os.environ["AMAZON_FT_HOME"] = str(home.with_name("speed"))
     few = [*data_settings(source, model, rows), f"sample.rows={min(SPEED_ROWS, rows // 2)}"]
     for turns in TURNS:
         recipe = load_recipe("fast", [*few, f"sharegpt.conversation_extension={turns}"])
-        make_data(recipe, directory_model(model, name=model.name), home / "speed" / f"turns-{turns}")
+        make_data(recipe, directory_tokenizer(model), home / "speed" / f"turns-{turns}")
 
 
 def archive(home: Path, target: Path) -> None:

@@ -486,7 +486,7 @@ def test_the_bench_measures_on_one_gpu_of_several_and_holds_it(
             gpus._lock_of(gpus.list_gpus()[0].uuid).acquire(timeout=0)
         return {}
 
-    monkeypatch.setattr(bench, "_bench", measured)
+    monkeypatch.setattr(bench, "measure_sides", measured)
     bench.bench_train(model, tmp_path, held=("auto",), against_document=False, console=Console(quiet=True))
     assert seen == ["GPU-0"]
 
