@@ -3,7 +3,7 @@
     python -m tests.bench.gpu_devices MODEL_DIR DATA_DIR DEVICE SIDE DEVICES STEP_PACKS STEPS WORK
 
 That is one training in a process of its own; it prints a line `RESULT {...}`. DATA_DIR holds packs.arrow. SIDE is how `fast`
-holds the base matrices, or `hf`, which trains the rows of the packs unpacked.
+holds the base matrices, as "fp8" or "fp8 shared", or `hf`, which trains the rows of the packs unpacked.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ def train_on_some(
     packed, logged = side != "hf", min(LOGGING_STEPS, steps)
     changes: dict[str, Any] = {"max_steps": steps, "logging_steps": logged, "save_steps": logged * steps, "warmup_steps": 2}
     changes |= {"devices": count, "gradient_accumulation": step_packs}
+    held, _, shared = side.partition(" ")
     if packed:
-        changes |= {"frozen_weights": side}
+        changes |= {"frozen_weights": held, "sharded": bool(shared)}
     else:
         changes |= {"backend": "hf", "gradient_checkpointing": "full", "batch_size": HF_ROWS}
     config = FinetuneConfig.model_validate(load_recipe("fast").finetune.model_dump() | changes)
