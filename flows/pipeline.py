@@ -56,14 +56,15 @@ def pipeline(recipe: Recipe, tune_there: Callable[[Recipe, Prepared], Tuned] = t
     `tune_there` is `tune` on whatever machine has the device.
     """
     with within(verify=recipe.cache.verify):
-        source = catalogue(recipe.catalogue) if recipe.catalogue else locate_source(recipe.ingest.sources)
-        reading, extra = recipe.ingest, extra_columns(recipe)
-        if recipe.catalogue is None:
-            reading = resolve_kind(source, reading)
-            check_files(source, reading, extra)
+        extra = extra_columns(recipe)
+        others = checked_source(recipe.sample.eval_sources, recipe, "sample.eval_sources") if recipe.sample.eval_sources else None
+        if recipe.catalogue:
+            source, reading = catalogue(recipe.catalogue), recipe.ingest
+        else:
+            source, reading = checked_source(recipe.ingest.sources, recipe)
         model = base_model(recipe.model)
         products = read_products(source, reading, extra)
-        split = sample(products, recipe.sample)
+        split = sample(products, recipe.sample, read_products(*others, extra) if others else None)
         conversations = sharegpt(split, recipe.sharegpt)
         own = model.tokenizer.chat_template if recipe.template.source == "model" else None
         texts = template(conversations, model.tokenizer.special, recipe.template, own)
@@ -79,18 +80,31 @@ def pipeline(recipe: Recipe, tune_there: Callable[[Recipe, Prepared], Tuned] = t
         return save(adapter, evaluation, texts.template, model, model.tokenizer, model.name, recipe.save, told)
 
 
+def checked_source(sources: tuple[str, ...], recipe: Recipe, setting: str = "ingest.sources") -> tuple[Source, IngestConfig]:
+    """The files of a setting, and the settings of ingest with the kind of rows that they hold.
+
+    Raises:
+        InputError: for a file that is not there, in an unknown format, or without a wanted column.
+    """
+    source = locate_source(sources, setting)
+    reading = resolve_kind(source, recipe.ingest)
+    check_files(source, reading, extra_columns(recipe))
+    return source, reading
+
+
 def describe_sources(recipe: Recipe) -> list[str]:
     """A line a source file: its format, kind and columns.
 
     Raises:
         InputError: as `pipeline`, for a source that it would refuse.
     """
-    if recipe.catalogue is not None:
-        return []
-    source = locate_source(recipe.ingest.sources)
-    reading = resolve_kind(source, recipe.ingest)
-    told = ((path.name, look(path, reading)) for path in (Path(file.url) for file in source.files))
-    return [f"{name}: {seen.format.value} of {reading.kind}; columns {', '.join(seen.columns)}" for name, seen in told]
+    named = {"ingest.sources": recipe.ingest.sources, "sample.eval_sources": recipe.sample.eval_sources}
+    found = [checked_source(sources, recipe, setting) for setting, sources in named.items() if sources]
+    told = [(Path(file.url), reading) for source, reading in found for file in source.files]
+    return [
+        f"{path.name}: {seen.format.value} of {reading.kind}; columns {', '.join(seen.columns)}"
+        for path, reading, seen in ((path, reading, look(path, reading)) for path, reading in told)
+    ]
 
 
 def with_kind(told: Lineage, reading: IngestConfig) -> Lineage:

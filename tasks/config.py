@@ -224,6 +224,11 @@ class SampleConfig(Section):
     eval_split: Literal["before", "after"] = "before"
     """`before`: split off first, and their duplicates by normalised text leave the pool.
     `after`: drawn from what the document's own selection leaves over, so that the training rows stay the document's."""
+    eval_sources: Annotated[tuple[Address, ...], BeforeValidator(_listed)] = aside(())
+    """Files of their own to draw the held-out rows from, as `ingest.sources`, such as AmazonTitles' tst.json, or in its archive
+    zip://**/tst.json.gz::file:///data/LF-Amazon-1.3M.raw.zip; they are read by the settings of ingest. A row that stands in both
+    is dropped from the training rows (eval_split=before) or from the held-out ones (after), and counted. Empty: from the rows
+    that are trained on."""
 
 
 class SharegptConfig(Section):

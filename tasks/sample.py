@@ -6,16 +6,20 @@ white space and the Unicode form of its title and content.
 
     before    permutation(eval_seed) -> evaluation;   the rest, without their equals -> permutation(seed) -> train
     after     permutation(seed) -> train, as in the document;   further on, those that equal none of train -> evaluation
+
+Where evaluation has products of its own (`sample.eval_sources`), its rows are drawn from them in the order of
+permutation(eval_seed), and what stands in both is dropped from the same side as above, and counted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import unicodedata
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +35,8 @@ from tasks.tables.streams import in_order
 if TYPE_CHECKING:
     import pyarrow as pa
 
+logger = logging.getLogger(__name__)
+
 FILE = "products.arrow"
 GATHER_ROWS = 32_768
 """Rows taken from the input at a time; more of them mean fewer passes over its batches."""
@@ -40,6 +46,15 @@ IRREGULAR = ("  ", *(chr(code) for code in (*range(0x09, 0x0E), *range(0x1C, 0x2
 
 Text = tuple[str, str]
 """Title and content, normalised."""
+
+
+class Chosen(NamedTuple):
+    """Row numbers: of products for training, and of products, or of those of evaluation's own, for evaluation."""
+
+    train: Rows
+    evaluation: Rows
+    equals: int
+    """Rows of the pool that equal a held-out one, or looked at to be held out that equal a trained one."""
 
 
 def permutation(rows: int, seed: int) -> NDArray[np.int64]:
@@ -87,26 +102,26 @@ def _digest(texts: list[str]) -> str:
     return hashlib.sha256(json.dumps([normalised(text) for text in texts]).encode()).hexdigest()
 
 
-def choose_before(table: pa.Table, config: SampleConfig) -> tuple[Rows, Rows]:
+def choose_before(table: pa.Table, config: SampleConfig, others: pa.Table | None = None) -> Chosen:
     """Rows for training and for evaluation; the latter and their equals leave the pool that the former are drawn from.
 
     Raises:
         InputError: when there are fewer rows than asked for.
     """
     told = compared(table)
-    drawn = draw(told, permutation(table.num_rows, config.eval_seed), config.eval_rows)
+    held_out = told if others is None else compared(others)
+    drawn = draw(held_out, permutation(held_out.num_rows, config.eval_seed), config.eval_rows)
     free = np.ones(table.num_rows, np.bool_)
-    free[list(drawn.values())] = False
-    free[[row for row, _ in equal_rows(told, drawn)]] = False
+    free[[row for row, _ in equal_rows(told, drawn)]] = False  # in one table the drawn rows themselves are among them
     pool = np.flatnonzero(free)
-    _enough(
-        "sample.rows", config.rows, len(pool), f"{table.num_rows:,} products less {len(drawn):,} for evaluation and their equals"
-    )
-    return pool[permutation(len(pool), config.seed)[: config.rows]], np.fromiter(drawn.values(), np.int64)
+    less = f"{table.num_rows:,} products less {len(drawn):,} for evaluation and their equals"
+    _enough("sample.rows", config.rows, len(pool), less)
+    train = pool[permutation(len(pool), config.seed)[: config.rows]]
+    return Chosen(train, _rows(drawn), table.num_rows - len(pool))
 
 
-def choose_after(table: pa.Table, config: SampleConfig) -> tuple[Rows, Rows]:
-    """Rows for training, exactly the document's, and rows for evaluation that come later in its order.
+def choose_after(table: pa.Table, config: SampleConfig, others: pa.Table | None = None) -> Chosen:
+    """Rows for training, exactly the document's, and rows for evaluation that come later in its order, or of another table.
 
     Raises:
         InputError: when there are fewer rows than asked for.
@@ -115,13 +130,22 @@ def choose_after(table: pa.Table, config: SampleConfig) -> tuple[Rows, Rows]:
     order = permutation(table.num_rows, config.seed)
     trained = np.zeros(table.num_rows, np.bool_)
     trained[order[: config.rows]] = True
-    told = compared(table)
+    told, equals = compared(table), set[Text]()
 
     def seen(texts: Collection[Text]) -> set[Text]:
-        return {text for row, text in equal_rows(told, texts) if trained[row]}
+        found = {text for row, text in equal_rows(told, texts) if trained[row]}
+        equals.update(found)
+        return found
 
-    drawn = draw(told, order[config.rows :], config.eval_rows, seen)
-    return order[: config.rows], np.fromiter(drawn.values(), np.int64)
+    if others is None:
+        drawn = draw(told, order[config.rows :], config.eval_rows, seen)
+    else:
+        drawn = draw(compared(others), permutation(others.num_rows, config.eval_seed), config.eval_rows, seen)
+    return Chosen(order[: config.rows], _rows(drawn), len(equals))
+
+
+def _rows(drawn: Mapping[Text, int]) -> Rows:
+    return np.fromiter(drawn.values(), np.int64)
 
 
 def draw(
@@ -193,10 +217,21 @@ def _publish(table: pa.Table, rows: Rows) -> Artifact:
 
 
 @stage(version=1)
-def sample(products: Products, config: SampleConfig) -> Split:
-    """Choose training and evaluation products."""
+def sample(products: Products, config: SampleConfig, others: Products | None = None) -> Split:
+    """Choose training and evaluation products; the latter among `others` where there are some."""
     table = read_table(products.data / FILE)
+    held_out = read_table(others.data / FILE) if others else None
+    if held_out is not None and not held_out.schema.equals(table.schema):
+        raise InputError(
+            f"sample.eval_sources: got rows with {', '.join(held_out.column_names)}; expected {', '.join(table.column_names)}, "
+            "as those of ingest.sources are read. Name files of the same kind of rows."
+        )
     choose = choose_before if config.eval_split == "before" else choose_after
-    train, evaluation = choose(table, config)
-    counts: dict[str, float] = {"products": table.num_rows, "train": len(train), "evaluation": len(evaluation)}
-    return Split(train=_publish(table, train), evaluation=_publish(table, evaluation), counts=counts)
+    chosen = choose(table, config, held_out)
+    counts: dict[str, float] = {"products": table.num_rows, "train": len(chosen.train), "evaluation": len(chosen.evaluation)}
+    if held_out is not None:
+        counts |= {"in both": chosen.equals}
+        side = "training" if config.eval_split == "before" else "held-out"
+        logger.info("sample: %s %s rows stand in the other source too, and are left out", f"{chosen.equals:,}", side)
+    evaluation = _publish(table if held_out is None else held_out, chosen.evaluation)
+    return Split(train=_publish(table, chosen.train), evaluation=evaluation, counts=counts)

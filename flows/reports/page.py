@@ -21,7 +21,7 @@ from flows.reports.results import Results, flat, read_optional_json
 from tasks.caching.context import context
 from tasks.caching.files import write_atomic
 from tasks.caching.runs import Run
-from tasks.refs import InputError, Products, SavedModel, Split, home
+from tasks.refs import InputError, SavedModel, Split, home
 from tasks.reporting import plots
 from tasks.reporting.markdown import number
 from tasks.reporting.model_card import FIGURES
@@ -242,14 +242,14 @@ def choose_answers(
 def funnel(results: Results) -> list[tuple[str, int, str]]:
     """(what, how many, what became of the others), from the lines that were read to the rows that were trained on."""
     found: list[tuple[str, int, str]] = []
-    products = results.value("join", Products) or results.value("ingest", Products)
-    if products is not None:
+    if (products := results.products) is not None:
         rejected = products.rejects.rows if products.rejects else 0
         lost = {**products.dropped, "set aside: malformed": rejected}
         left_out = ", ".join(f"{count:,} {reason}" for reason, count in lost.items() if count)
         found += [("lines read", products.lines, ""), ("products kept", products.data.rows, left_out)]
     if (split := results.value("sample", Split)) is not None:
-        found.append(("drawn to train on", split.train.rows, f"{split.evaluation.rows:,} held out"))
+        both = f", {split.counts['in both']:,.0f} left out as rows of both" if "in both" in split.counts else ""
+        found.append(("drawn to train on", split.train.rows, f"{split.evaluation.rows:,} held out{both}"))
     if (conversations := results.value("sharegpt", Split)) is not None:
         found.append(("conversations", conversations.train.rows, ""))
     if (tokens := results.value("tokenize", Split)) is not None:

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from tasks.caching.stage import Made, read_made
 from tasks.caching.store import Missing, check
-from tasks.refs import Adapter, Artifact, Evaluation, Split
+from tasks.refs import Adapter, Artifact, Evaluation, Products, Split
 from tasks.reporting.markdown import pieces
 
 R = TypeVar("R", bound=BaseModel)
@@ -50,7 +50,16 @@ class Results:
 
     def value(self, name: str, returns: type[R]) -> R | None:
         """The reference that a stage returned; None when its record or its files were removed, or are damaged."""
-        entry = self.entry(name)
+        return self._value(self.entry(name), returns)
+
+    @property
+    def products(self) -> Products | None:
+        """The rows that training was drawn from; `ingest` may have read files of evaluation's own as well."""
+        drawn = next((entry["inputs"]["products"]["data"] for entry in self.stages if entry["name"] == "sample"), None)
+        read = [entry for entry in self.stages if entry["name"] in ("ingest", "join") and "digest" in entry]
+        return self._value(next((entry for entry in reversed(read) if drawn in (None, entry["digest"])), None), Products)
+
+    def _value(self, entry: Mapping[str, Any] | None, returns: type[R]) -> R | None:
         made = _made(entry["key"], returns) if entry else None
         if made is not None:
             with suppress(Missing):

@@ -106,9 +106,9 @@ def _torch_sees_cuda() -> bool:
 def _source(recipe: Recipe) -> Iterator[Finding]:
     if recipe.catalogue is not None:
         yield Finding("source", "ok", f"generated: {recipe.catalogue.rows:,} lines")
-        return
-    remote = [source for source in recipe.ingest.sources if URL.match(source)]
-    local = tuple(source for source in recipe.ingest.sources if source not in remote)
+    named = (*recipe.ingest.sources, *recipe.sample.eval_sources)
+    remote = [source for source in named if URL.match(source)]
+    local = tuple(source for source in named if source not in remote)
     yield from (_remote_source(url) for url in remote)
     try:
         files = locate_source(local).files

@@ -25,19 +25,19 @@ KINDS = {
 }
 
 
-def locate_source(sources: tuple[str, ...]) -> Source:
+def locate_source(sources: tuple[str, ...], setting: str = "ingest.sources") -> Source:
     """The files that paths, globs and fsspec URLs name, in that order, a glob's files by name, each file once.
 
     A directory that the library `datasets` saved stands for its files, of several splits for those of `train`. What a URL names
     is fetched to AMAZON_FT_HOME/downloads, and again only once it has changed.
 
     Raises:
-        InputError: listing everything that is not there or is no plain file.
+        InputError: listing everything that is not there or is no plain file, and the setting that named it.
     """
-    return Source(files=tuple(_source_file(path) for path in find_files(sources)))
+    return Source(files=tuple(_source_file(path, setting) for path in find_files(sources, setting)))
 
 
-def find_files(sources: tuple[str, ...]) -> list[Path]:
+def find_files(sources: tuple[str, ...], setting: str = "ingest.sources") -> list[Path]:
     """The files of `locate_source`, unread.
 
     Raises:
@@ -52,9 +52,7 @@ def find_files(sources: tuple[str, ...]) -> list[Path]:
     problems.extend(f"{path}: is {kind}; expected a file" for path in files if (kind := _oddity(path)))
     if problems:
         listed = "; ".join(problems)
-        raise InputError(
-            f"ingest.sources: {listed}. Give paths, globs or URLs of data files, or directories that `datasets` saved."
-        )
+        raise InputError(f"{setting}: {listed}. Give paths, globs or URLs of data files, or directories that `datasets` saved.")
     return list(files)
 
 
@@ -87,11 +85,11 @@ def _oddity(path: Path) -> str | None:
     return None if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "no plain file")
 
 
-def _source_file(path: Path) -> SourceFile:
+def _source_file(path: Path, setting: str) -> SourceFile:
     try:
         return SourceFile(url=str(path), digest=file_digest(path), size_bytes=path.stat().st_size)
     except OSError as error:
-        raise InputError(f"ingest.sources: {path}: {error.strerror}; expected a readable file. Check its permissions.") from error
+        raise InputError(f"{setting}: {path}: {error.strerror}; expected a readable file. Check its permissions.") from error
 
 
 def _hub_pattern(url: str) -> str:

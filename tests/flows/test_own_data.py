@@ -1,18 +1,28 @@
-"""Own data of any format and kind trains, is judged, and is asked with its template; equal rows share a training."""
+"""Own data of any format and kind trains, is judged, asked and served with its template; equal rows share a training."""
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from flows.cli.main import app
-from flows.recipes import build_recipe
-from tasks.config import Recipe
+from flows.models.endpoint import load_endpoint, make_app
+from flows.models.saved import find_saved
+from flows.models.serve import merged_copy
+from flows.pipeline import describe_sources, plan_run
+from flows.recipes import build_recipe, load_recipe
+from flows.reports.results import Results
+from flows.suggest import recipe_text
+from tasks.caching.runs import past_runs
 from tasks.reading.model_files import read_json
+from tasks.refs import InputError, SavedModel
 from tests.support.chat_templates import CHATML
 from tests.support.here import run_here
 from tests.support.rows import WRITERS
@@ -46,7 +56,11 @@ KINDS: dict[str, list[dict[str, Any]]] = {
     "completion": [{"prompt": f"Chaleira {row}?", "completion": f"De aço, {row} litros."} for row in range(40)],
     "alpaca": [{"instruction": "Descreva.", "input": f"Chaleira {row}", "output": f"De aço, {row} litros."} for row in range(40)],
 }
-COLUMNS = {"uid": "Código", "title": "Nome", "content": "Descrição"}
+PRODUCT_SETTINGS: dict[str, Any] = {
+    "ingest": {"columns": {"uid": "Código", "title": "Nome", "content": "Descrição"}},
+    "sharegpt": {"merged_prompt": "{title}[[ da {Marca}]]", "conversation_extension": 2},
+}
+CHAT_SETTINGS: dict[str, Any] = {"template": {"source": "model"}}
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +78,12 @@ def shared_home(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root / "home"
 
 
-def recipe_of(kind: str, source: Path, root: Path) -> Recipe:
-    """Nothing but a recipe: the columns of products, and else the model's own template."""
-    settings = json.loads(json.dumps(TINY)) | {"name": f"own-{kind}"}
-    settings["model"] |= {"id": str(root / "model")}
-    settings["ingest"] = {"sources": [str(source)]}
-    if kind == "products":
-        settings["ingest"] |= {"columns": COLUMNS}
-        settings["sharegpt"] = {"merged_prompt": "{title}[[ da {Marca}]]", "conversation_extension": 2}
-    else:
-        settings["template"] = {"source": "model"}
-    return build_recipe(settings)
+def settings_of(name: str, source: Path, root: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Nothing but a recipe: what the rows want, on a tiny model for seconds."""
+    made = json.loads(json.dumps(TINY | settings)) | {"name": name}
+    made["model"] |= {"id": str(root / "model")}
+    made["ingest"] = {**made.get("ingest", {}), "sources": [str(source)]}
+    return made
 
 
 def rows_of(kind: str, name: str) -> list[dict[str, Any]]:
@@ -90,9 +99,10 @@ def rows_of(kind: str, name: str) -> list[dict[str, Any]]:
 def test_every_format_of_a_kind_gives_the_same_adapter(kind: str, root: Path, tmp_path: Path) -> None:
     """Of products and messages all formats; of the other kinds, which come to the same rows, one of each family."""
     adapters, made = set[str](), list[list[str]]()
+    settings = PRODUCT_SETTINGS if kind == "products" else CHAT_SETTINGS
     for name in WRITERS if kind in ("products", "messages") else ("jsonl", "csv", "parquet"):
         source = WRITERS[name](tmp_path / f"rows.{name}", rows_of(kind, name))
-        saved, stages = run_here(recipe_of(kind, source, root))
+        saved, stages = run_here(build_recipe(settings_of(f"own-{kind}", source, root, settings)))
         adapters.add(read_json(saved.data / "lineage.json")["adapter"])
         made.append(stages)
     assert len(adapters) == 1
@@ -101,19 +111,91 @@ def test_every_format_of_a_kind_gives_the_same_adapter(kind: str, root: Path, tm
     assert all(set(stages) <= {"ingest", "join"} for stages in made[1:])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_model_is_judged_and_asked_with_its_template(kind: str, root: Path, tmp_path: Path) -> None:
-    source = WRITERS["jsonl"](tmp_path / "rows.jsonl", KINDS[kind])
-    recipe = recipe_of(kind, source, root)
-    saved, _ = run_here(recipe)
+OTHER = [
+    {"asin": row, "name": f"Panela {row}", "price": 9.5 + row, "details": f"De ferro; {row} kg", "brand": "Brisa"}
+    for row in range(40)
+]
+"""Products in columns of other names and types."""
+OWN: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
+    "products-csv": ("csv", PRODUCTS, PRODUCT_SETTINGS),
+    "products-parquet": (
+        "parquet",
+        OTHER,
+        {
+            "ingest": {"columns": {"uid": "asin", "title": "name", "content": "details"}},
+            "sharegpt": {"merged_prompt": "{title}[[ de {brand}]][[ a {price}]]", "conversation_extension": 1},
+        },
+    ),
+    **{f"{kind}-jsonl": ("jsonl", rows, CHAT_SETTINGS) for kind, rows in KINDS.items() if kind != "products"},
+}
+"""{name of the recipe: format, rows, settings}."""
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_model_is_judged_asked_and_served_with_its_template(name: str, root: Path, tmp_path: Path) -> None:
+    ending, rows, settings = OWN[name]
+    source = WRITERS[ending](tmp_path / f"dados.{ending}", rows)
+    (tmp_path / f"{name}.yaml").write_text(recipe_text(settings_of(name, source, root, settings)))
+    saved, _ = run_here(load_recipe(str(tmp_path / f"{name}.yaml")))
+    own = settings is CHAT_SETTINGS
     metrics = read_json(saved.data / "metrics.json")
     assert metrics["rows"] == 6
     assert 0 < metrics["tuned"]["nll"] < metrics["base"]["nll"]
-    template = (saved.data / "chat_template.jinja").read_text()
-    assert (template == CHAT) == (kind != "products")
+    assert next(run for run in past_runs() if run["recipe"] == name)["verdict"]["against"] == ["base"]
+    assert ((saved.data / "chat_template.jinja").read_text() == CHAT) == own
     said = [json.loads(line) for line in (saved.data / "generations.jsonl").read_text().splitlines()]
     assert all(one["reference"] and one["reference"] not in one["prompt"] for one in said)
-    assert all(one["prompt"].endswith("<|im_start|>assistant\n") == (kind != "products") for one in said)
-    asked = ["--title", "Chaleira", "--column", "Marca=Aurora"] if kind == "products" else ["--prompt", "Chaleira?"]
-    done = CliRunner().invoke(app, ["ask", recipe.name, *asked, "--max-new-tokens", "4"])
+    assert all(one["prompt"].endswith("<|im_start|>assistant\n") == own for one in said)
+    asked = (
+        ["--prompt", "Chaleira?"]
+        if own
+        else ["--title", "Chaleira", "--column", "Marca=Aurora" if "csv" in name else "brand=Brisa"]
+    )
+    done = CliRunner().invoke(app, ["ask", name, *asked, "--max-new-tokens", "4"])
     assert done.exit_code == 0, done.output
+    assert done.stdout.strip()
+    check_served(saved, "Chaleira?" if own else "Chaleira da Aurora" if "csv" in name else "Chaleira de Brisa")
+
+
+def check_served(saved: SavedModel, words: str) -> None:
+    """The routes of `amazon-ft serve`, over HTTP in this process, answer as the merged model does in the saved template."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merged = merged_copy(find_saved(str(saved.data.path)), lambda _: None)
+    chat = [{"role": "user", "content": words}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(merged)  # and back, since the endpoint goes elsewhere
+        client = TestClient(make_app(load_endpoint(merged), None), base_url="http://127.0.0.1:8000")
+        answer = client.post("/v1/chat/completions", json={"messages": chat, "max_tokens": 4, "temperature": 0})
+    assert answer.is_success, answer.text
+    tokenizer, model = AutoTokenizer.from_pretrained(saved.data.path), AutoModelForCausalLM.from_pretrained(merged)
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    said = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answer.json()["usage"]["prompt_tokens"] == inputs["input_ids"].shape[1]
+    assert answer.json()["choices"][0]["message"]["content"] == tokenizer.decode(said, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("split", ["before", "after"])
+def test_held_out_rows_may_have_a_file_of_their_own(split: str, root: Path, tmp_path: Path) -> None:
+    """As AmazonTitles has trn.json and tst.json, here in one archive as it is distributed."""
+    WRITERS["jsonl"](
+        tmp_path / "tst.json", [*PRODUCTS[:3], *({**row, "Nome": f"Panela {row['Código']}"} for row in PRODUCTS[:9])]
+    )
+    with ZipFile(tmp_path / "raw.zip", "w") as archive:
+        archive.writestr("raw/tst.json.gz", gzip.compress((tmp_path / "tst.json").read_bytes()))
+    source = WRITERS["jsonl"](tmp_path / "trn.json", PRODUCTS)
+    held_out = {"sample": {"rows": 30, "eval_rows": 9, "eval_split": split}}
+    settings = settings_of("own-held-out", source, root, PRODUCT_SETTINGS | held_out)
+    there = f"zip://**/tst.json.gz::file://{tmp_path}/raw.zip"
+    recipes = [build_recipe(settings, [f"sample.eval_sources={place}"]) for place in (tmp_path / "tst.json", there)]
+    saved, _ = run_here(recipes[0])
+    assert read_json(saved.data / "metrics.json")["rows"] == 9
+    uids = {uid for row in read_json(saved.data / "metrics.json")["per_row"] for uid in row["uids"]}
+    assert uids <= {str(row) for row in range(9)}
+    assert set(run_here(recipes[1])[1]) <= {"ingest"}
+    assert [line.partition(":")[0] for line in describe_sources(recipes[0])] == ["trn.json", "tst.json"]
+    products = Results(next(run for run in past_runs() if run["recipe"] == "own-held-out")).products
+    assert products is not None
+    assert products.lines == len(PRODUCTS)
+    with pytest.raises(InputError, match=r"^sample.eval_sources: .*gone.json: not found"):
+        plan_run(build_recipe(settings, [f"sample.eval_sources={tmp_path}/gone.json"]))

@@ -15,9 +15,12 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks.caching.store import publish
 from tasks.config import SampleConfig
+from tasks.reading.conversations import Conversation, conversation_table
 from tasks.refs import Artifact, InputError, Products
 from tasks.sample import choose_after, choose_before, equal_rows, normalised, permutation, sample
+from tasks.tables.arrow import write_table
 from tests.support.prepared import publish_products
 
 Pairs = list[tuple[str, str]]
@@ -62,13 +65,13 @@ def test_permutation_equals_the_documents(shared: Path) -> None:
 
 def test_after_the_documents_selection_come_the_evaluation_rows() -> None:
     document = Dataset.from_dict({"title": [title for title, _ in MANY]}).shuffle(seed=42).select(range(10))
-    train, evaluation = choose_after(table(MANY), config(eval_split="after"))
+    train, evaluation, _ = choose_after(table(MANY), config(eval_split="after"))
     assert [MANY[row][0] for row in train] == document["title"][:]
     assert evaluation.tolist() == permutation(50, 42)[10:15].tolist()
 
 
 def test_before_it_the_rest_is_shuffled_anew() -> None:
-    train, evaluation = choose_before(table(MANY), config())
+    train, evaluation, _ = choose_before(table(MANY), config())
     assert evaluation.tolist() == permutation(50, 1)[:5].tolist()
     rest = np.setdiff1d(np.arange(50), evaluation)
     assert train.tolist() == rest[permutation(45, 42)[:10]].tolist()
@@ -107,7 +110,7 @@ TEXTS = st.sampled_from(SPELLINGS)
 def test_no_training_product_equals_one_for_evaluation(rows: Pairs, split: str, eval_rows: int, seed: int) -> None:
     choose = choose_before if split == "before" else choose_after
     try:
-        train, evaluation = choose(table(rows), config(rows=2, eval_rows=eval_rows, eval_seed=seed, eval_split=split))
+        train, evaluation, _ = choose(table(rows), config(rows=2, eval_rows=eval_rows, eval_seed=seed, eval_split=split))
     except InputError:
         return
     texts = [tuple(map(normalised, row)) for row in rows]
@@ -116,6 +119,53 @@ def test_no_training_product_equals_one_for_evaluation(rows: Pairs, split: str, 
     assert len(set(held)) == len(held) == eval_rows
     assert len(set(train.tolist())) == len(train) == 2
     assert all(all(text) for text in held)
+
+
+@pytest.mark.parametrize(("split", "left", "held"), [("before", 47, 5), ("after", 50, 2)])
+def test_row_that_stands_in_both_sources_is_dropped_from_one_and_counted(split: str, left: int, held: int) -> None:
+    others = [(f" TITLE {number}", f"content {number}") for number in range(3)] + [
+        ("New", "One"),
+        ("new ", "one"),
+        ("Newer", "Two"),
+    ]
+    asked = config(rows=left, eval_rows=held, eval_split=split)
+    found = sample.fn(Products(data=publish_products(MANY)), asked, Products(data=publish_products(others)))
+    train, evaluation = rows_of(found.train), rows_of(found.evaluation)
+    assert (len(train), len(evaluation), found.counts["in both"]) == (left, held, 3)
+    assert set(evaluation) <= set(others)
+    assert not {tuple(map(normalised, row)) for row in train} & {tuple(map(normalised, row)) for row in evaluation}
+
+
+def test_held_out_rows_of_another_source_are_drawn_by_their_own_seed() -> None:
+    others = [(f"Other {number}", "Said.") for number in range(20)]
+    found = sample.fn(Products(data=publish_products(MANY)), config(), Products(data=publish_products(others)))
+    assert rows_of(found.evaluation) == [others[row] for row in permutation(20, 1)[:5]]
+    assert rows_of(found.train) == [MANY[row] for row in permutation(50, 42)[:10]]
+
+
+def test_held_out_rows_of_another_kind_are_refused() -> None:
+    talk = conversation_table(iter([Conversation("u", "", ["Hi"], ["Ho"])]))
+    with publish("products") as draft:
+        draft.rows = write_table(draft / "products.arrow", talk.schema, talk.to_batches())
+    with pytest.raises(InputError) as refused:
+        sample.fn(Products(data=publish_products(MANY)), config(), Products(data=draft.artifact))
+    assert str(refused.value) == (
+        "sample.eval_sources: got rows with uid, system, prompts, answers; expected uid, title, content, as those of "
+        "ingest.sources are read. Name files of the same kind of rows."
+    )
+
+
+@settings(max_examples=40)
+@given(*[st.lists(st.tuples(TEXTS, TEXTS), min_size=4, max_size=30)] * 2, st.sampled_from(["before", "after"]), st.integers(0, 3))
+def test_no_training_product_equals_one_of_the_other_source(rows: Pairs, others: Pairs, split: str, eval_rows: int) -> None:
+    choose = choose_before if split == "before" else choose_after
+    try:
+        found = choose(table(rows), config(rows=2, eval_rows=eval_rows, eval_split=split), table(others))
+    except InputError:
+        return
+    trained, held = {tuple(map(normalised, rows[row])) for row in found.train}, [others[row] for row in found.evaluation]
+    assert not trained & {tuple(map(normalised, row)) for row in held}
+    assert len({tuple(map(normalised, row)) for row in held}) == eval_rows
 
 
 @settings(max_examples=40)
