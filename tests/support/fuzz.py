@@ -120,12 +120,12 @@ def corpus(count: int, seed: int) -> bytes:
     return b"\n".join(parts)
 
 
-def delimited_corpus(count: int, seed: int) -> tuple[bytes, int]:
-    """A CSV of good rows and rows gone wrong within their line, and how many rows it has.
+def delimited_corpus(count: int, seed: int, delimiter: bytes = b",") -> tuple[bytes, int]:
+    """Delimited text of good rows and rows gone wrong within their line, and how many rows it has.
 
     Quotes are mutated in a field of their own row only, so that which rows there are is never in doubt.
     """
-    rng, parts = random.Random(seed), [b"uid,title,content"]
+    rng, parts = random.Random(seed), [delimiter.join((b"uid", b"title", b"content"))]
     odd = (b"\xff", b"\xc3", b"\x00", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"&#8217;", b"\\", b"'", b'""', b"\x1f", b"\x85")
     for number in range(count):
         fields = [
@@ -138,8 +138,52 @@ def delimited_corpus(count: int, seed: int) -> tuple[bytes, int]:
         if rng.random() < 0.1:
             fields = rng.choice((fields[:1], fields[:2], [*fields, b"more"], [*fields, b"", b""]))
         quoted = [b'"' + field.replace(b'"', b'""') + b'"' if rng.random() < 0.7 or b'"' in field else field for field in fields]
-        parts.append(b",".join(quoted))
+        parts.append(delimiter.join(quoted))
     return b"\n".join(parts) + b"\n", count
+
+
+def byte_rows(count: int, seed: int) -> Iterator[dict[str, bytes | None]]:
+    """Rows whose values are bytes of any kind, or none at all, as a table's column of bytes may hold them."""
+    rng = random.Random(seed)
+    for number in range(count):
+        row: dict[str, bytes | None] = {"uid": f"{number:07d}".encode()}
+        row |= {name: " ".join(rng.choices(WORDS, k=rng.choice((0, 1, 2, 9)))).encode() for name in ("title", "content")}
+        for _ in range(rng.choice((0, 0, 1, 2))):
+            name = rng.choice(("uid", "title", "content"))
+            value = row[name] or b" "
+            row[name] = rng.choice(
+                (None, _insert(rng, value, rng.choice(JUNK)), _flip(rng, value), rng.randbytes(9), value[1:] * 99)
+            )
+        yield row
+
+
+Turns = list[dict[str, object]]
+CONTENTS: tuple[object, ...] = (
+    "Hi", "", " ", None, 7, True, ["a"], {}, [{"type": "text", "text": "x"}], [{"type": "image_url"}], [7],
+)  # fmt: skip
+SHAPES: dict[str, Callable[[random.Random, Turns], object]] = {
+    "as it is": lambda _, turns: turns,
+    "turn missing": lambda rng, turns: turns[:-1] if rng.random() < 0.5 else turns[1:],
+    "turn twice": lambda _, turns: [*turns, turns[-1]],
+    "another role": lambda rng, turns: [
+        turns[0] | {"role": rng.choice((None, 7, "tool", "system", "assistant", "narrator", ""))},
+        *turns[1:],
+    ],
+    "a tool's call": lambda rng, turns: [*turns[:-1], turns[-1] | {"tool_calls": rng.choice(([], None, [{"id": 1}]))}],
+    "odd content": lambda rng, turns: [*turns[:-1], turns[-1] | {"content": rng.choice(CONTENTS)}],
+    "key missing": lambda rng, turns: [{"role": "user"}, *turns[1:]] if rng.random() < 0.5 else [{"content": "Hi"}, *turns],
+    "no turns": lambda rng, turns: rng.choice((None, 7, "Hi", {}, [], [turns], [None])),
+}
+
+
+def odd_conversations(count: int, seed: int) -> Iterator[str]:
+    """Messages as JSON: some well-formed, others gone wrong in their shape or cut off."""
+    rng, shapes = random.Random(seed), list(SHAPES.values())
+    for number in range(count):
+        roles = ("user", "assistant") * rng.choice((1, 1, 2, 3))
+        turns: Turns = [{"role": role, "content": f"{number} {rng.choice(WORDS)}"} for role in roles]
+        text = json.dumps(rng.choice(shapes)(rng, turns))
+        yield text[: rng.randrange(len(text))] if rng.random() < 0.05 else text
 
 
 def odd_rows(count: int, seed: int) -> Iterator[dict[str, object]]:

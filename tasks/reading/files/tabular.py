@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
@@ -28,6 +29,9 @@ BATCH_ROWS = 4096
 BUFFER_BYTES = 2**20
 PIECE_BYTES = 2**18
 """Text is decoded so much at a time: as Python's it may be four times its bytes."""
+BLOCKS_AHEAD = 4
+"""Of delimited text, read before they are asked for; Arrow needs the next one to end a block at a row's end."""
+HELD_SECONDS = 0.05
 
 NO_TEXT = "\ufffe"
 """Stands for a byte that is no text until the row is read: pyarrow can tell of a ragged row only if all of it is UTF-8. Unicode
@@ -129,6 +133,46 @@ class Transcoded:
         return data
 
 
+class Paced:
+    """A stream that a thread of Arrow's reads: held at BLOCKS_AHEAD, for by itself it reads 32 blocks before they are asked for.
+
+    Source: arrow/util/async_generator.h of Arrow 26, kDefaultBackgroundMaxQ.
+    """
+
+    closed = False
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+        self._change = threading.Condition()
+        self._ahead = 0
+        self._is_awaited = True
+
+    def read(self, size: int = -1, /) -> bytes:
+        """So many bytes, fewer only at the end, once it is time."""
+        with self._change:
+            while self._ahead >= BLOCKS_AHEAD:
+                if not self._change.wait(HELD_SECONDS) and self._is_awaited:  # by one who gets no batch of what was read
+                    break
+            self._ahead += 1
+        return self._stream.read(size)
+
+    def taken(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """The batches that are made of the stream, one a block."""
+        try:
+            for batch in batches:
+                self._await(False)
+                yield batch
+                self._await(True)
+        finally:
+            self._await(True)
+
+    def _await(self, is_awaited: bool) -> None:
+        with self._change:
+            self._is_awaited = is_awaited
+            self._ahead -= not is_awaited
+            self._change.notify_all()
+
+
 def _mark(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeDecodeError)
     return NO_TEXT, error.start + 1
@@ -150,7 +194,7 @@ def _bytes_again(batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
-def cut_delimited(stream: ByteStream, name: str, dialect: Dialect, columns: list[str], max_row_bytes: int) -> Iterator[RowBlock]:
+def cut_delimited(stream: ByteStream, name: str, dialect: Dialect, columns: list[str], max_row_bytes: int) -> Generator[RowBlock]:
     """The rows of a delimited text, its fields as bytes.
 
     Raises:
@@ -177,10 +221,9 @@ def cut_delimited(stream: ByteStream, name: str, dialect: Dialect, columns: list
         include_columns=columns, column_types=dict.fromkeys(columns, pa.binary()), strings_can_be_null=False
     )
     try:
-        with csv.open_csv(
-            Transcoded(stream, dialect.encoding), read_options=read, parse_options=parse, convert_options=convert
-        ) as reader:
-            for batch in reader:
+        paced = Paced(Transcoded(stream, dialect.encoding))
+        with csv.open_csv(paced, read_options=read, parse_options=parse, convert_options=convert) as reader:
+            for batch in paced.taken(reader):
                 for start in range(0, max(batch.num_rows, 1), BATCH_ROWS):
                     piece = _bytes_again(batch.slice(start, BATCH_ROWS))
                     yield RowBlock(piece, row, rejects[:])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime as dt
 import decimal
 import gzip
+import io
 import json
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from tasks.config import IngestConfig
 from tasks.ingest import ingest
 from tasks.reading.columns import to_text
 from tasks.reading.files.blocks import look
-from tasks.reading.files.formats import KNOWN
+from tasks.reading.files.formats import KNOWN, Dialect
+from tasks.reading.files.tabular import BLOCKS_AHEAD, cut_delimited
 from tasks.reading.sources import locate_source
 from tasks.refs import InputError, Products
 from tests.support.rows import WRITERS
@@ -206,3 +209,33 @@ def test_quote_that_is_never_closed_is_named(tmp_path: Path) -> None:
     message = refusal(tmp_path / "rows.csv", max_line_bytes=2**16)
     assert message.startswith("rows.csv: from row 3 on: got ")
     assert "each quote closed" in message
+
+
+class Counted(io.BytesIO):
+    """Counts how many bytes were read."""
+
+    taken = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        self.taken += len(data)
+        return data
+
+
+def test_delimited_text_is_not_read_far_ahead() -> None:
+    stream, row_bytes = Counted(b"uid,title,content\n" + b"7,Pan,Iron.\n" * 2**20), 2**18
+    blocks = cut_delimited(stream, "rows.csv", Dialect(",", '"', "utf-8"), ["title"], row_bytes)
+    next(blocks)
+    before = -1
+    while before != stream.taken:
+        before = stream.taken
+        time.sleep(0.2)
+    assert before < row_bytes * (BLOCKS_AHEAD + 3)
+    blocks.close()
+    assert (
+        sum(
+            block.batch.num_rows
+            for block in cut_delimited(Counted(stream.getvalue()), "rows.csv", Dialect(",", '"', "utf-8"), ["title"], row_bytes)
+        )
+        == 2**20
+    )

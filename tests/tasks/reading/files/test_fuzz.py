@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tasks.config import IngestConfig
@@ -14,11 +21,14 @@ from tasks.ingest import ingest
 from tasks.reading.sources import locate_source
 from tasks.refs import InputError, Products
 from tests.support import fuzz
+from tests.support.checkout import PROJECT
 from tests.support.rows import WRITERS
 
 pytestmark = pytest.mark.heavy
 
 COUNT = 20_000
+MAX_MIB = 800
+"""Of a process that has read them all, its libraries included."""
 FILES = 100
 """Damaged files of a format."""
 
@@ -31,6 +41,56 @@ def run(path: Path, **changes: Any) -> Products:
 def accounted(products: Products) -> int:
     rejected = products.rejects.rows if products.rejects else 0
     return products.data.rows + rejected + sum(products.dropped.values())
+
+
+def _messages_table(path: Path) -> Path:
+    pq.write_table(pa.table({"messages": list(fuzz.odd_conversations(COUNT, seed=7))}), path)
+    return path
+
+
+def _bytes_table(name: str, path: Path) -> Path:
+    return WRITERS[name](path, list(fuzz.byte_rows(COUNT, seed=6)))
+
+
+def _written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+MUTATED: dict[str, Callable[[Path], Path]] = {
+    "rows.jsonl": lambda path: _written(path, b"\n".join(fuzz.mutated_lines(COUNT, seed=6)).replace(b"\n\n", b"\n \n")),
+    "rows.json": lambda path: _written(path, json.dumps(list(fuzz.odd_rows(COUNT, seed=6))).encode()),
+    "rows.csv": lambda path: _written(path, fuzz.delimited_corpus(COUNT, seed=6)[0]),
+    "rows.tsv": lambda path: _written(path, fuzz.delimited_corpus(COUNT, seed=6, delimiter=b"\t")[0]),
+    **{f"rows.{name}": partial(_bytes_table, name) for name in ("parquet", "arrow", "arrows", "datasets")},
+    "messages.jsonl": lambda path: _written(
+        path, "".join(f'{{"messages": {text}}}\n' for text in fuzz.odd_conversations(COUNT, seed=7)).encode()
+    ),
+    "messages.parquet": _messages_table,
+}
+"""{file: writes mutated rows to it}."""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What became of the rows of each file, read in one process."""
+    folder = tmp_path_factory.mktemp("mutated")
+    files = [write(folder / name) for name, write in MUTATED.items()]
+    env = os.environ | {"AMAZON_FT_HOME": str(folder / "home"), "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.read_files", *files], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(zip(MUTATED, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("file", MUTATED)
+def test_mutated_rows_are_all_accounted_for_in_bounded_memory(file: str, told: dict[str, dict[str, Any]]) -> None:
+    found = told[file]
+    assert found["kept"] + found["rejected"] + sum(found["dropped"].values()) == found["read"]
+    assert found["read"] == COUNT
+    assert min(found["kept"], found["rejected"]) > COUNT / 50
+    assert found["peak_mib"] < MAX_MIB
 
 
 @pytest.mark.parametrize("block_bytes", [2**16, 2**22])
