@@ -72,12 +72,12 @@ def base_model(config: ModelConfig) -> Model:
 
 
 def hub_model(name: str, revision: str | None) -> Model:
-    """A Hub model, pinned to a commit; only its tokenizer and config are fetched.
+    """A Hub model, pinned to a commit; only its tokenizer and its configs are fetched.
 
     Raises:
         InputError: when neither the local cache nor the Hub has it.
     """
-    path = _hub_files(name, revision, [*TOKENIZER, "config.json"])
+    path = _hub_files(name, revision, [*TOKENIZER, "config.json", "generation_config.json"])
     commit = path.name
     tokenizer = Tokenizer(
         path=str(path), digest=f"hub:{name}@{commit}", special=read_special(path), chat_template=read_chat_template(path)

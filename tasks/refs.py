@@ -150,6 +150,8 @@ class Special(Value):
 
     bos: str | None
     eos: str
+    stops: tuple[str, ...] = ()
+    """Further tokens at which the model ends an answer, by its generation_config.json: Gemma's <end_of_turn>, Phi 3's <|end|>."""
 
 
 class Texts(Value):

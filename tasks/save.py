@@ -30,7 +30,7 @@ from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.caching.versions import package_versions
 from tasks.config import SaveConfig
-from tasks.reading.model_files import ADAPTER, TOKENIZER, adapter_config, read_json
+from tasks.reading.model_files import ADAPTER, TOKENIZER, adapter_config, read_json, read_special
 from tasks.refs import Adapter, Artifact, Evaluation, InputError, Lineage, Model, SavedModel, Tokenizer, home
 from tasks.reporting.model_card import model_card
 
@@ -58,8 +58,8 @@ ROOM_BYTES = 64 * 2**20
 """For all that is not the adapter."""
 
 
-def tokenizer_files(source: Path, target: Path, chat_template: str) -> None:
-    """Copy a tokenizer's files and give it the chat template instead of its own.
+def tokenizer_files(source: Path, target: Path, chat_template: str, eos: str) -> None:
+    """Copy a tokenizer's files and give it the chat template instead of its own, and what ends an answer by that as its EOS.
 
     A template in tokenizer_config.json, as older tokenizers have it, is taken out: there must be one.
     """
@@ -69,6 +69,9 @@ def tokenizer_files(source: Path, target: Path, chat_template: str) -> None:
     config = read_json(target / "tokenizer_config.json")
     config.pop("chat_template", None)
     _write_json(target / "tokenizer_config.json", config)
+    if eos != read_special(target).eos:
+        for file in filter(Path.is_file, (target / "tokenizer_config.json", target / "special_tokens_map.json")):
+            _write_json(file, read_json(file) | {"eos_token": eos})
     (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
@@ -129,7 +132,8 @@ def save(
         _copy(adapter.data, draft.path)
         (draft / ADAPTER).write_bytes(adapter_config(read_json(draft / ADAPTER), base_name))
         _copy(evaluation.data, draft.path)
-        tokenizer_files(Path(tokenizer.path), draft.path, read_json(template / "template.json")["chat_template"])
+        described = read_json(template / "template.json")
+        tokenizer_files(Path(tokenizer.path), draft.path, described["chat_template"], described["eos"])
         recipe = yaml.safe_dump(lineage.recipe, sort_keys=False, allow_unicode=True)
         (draft / "recipe.yaml").write_text(recipe, encoding="utf-8")
         _write_json(draft / "lineage.json", lineage_record(lineage, model, adapter))

@@ -46,8 +46,8 @@ class Way:
     """How texts are made beside what template.json says."""
 
     config: TemplateConfig
-    strips: tuple[bool, bool] = (False, False)
-    """Whether prompts and answers lose the white space at their ends."""
+    parts: ModelTemplate | None = None
+    """Of a model's own template: it may strip texts of the white space at their ends, and begin answers with some."""
     special: Special | None = None
     """Set for a model's own template."""
 
@@ -92,11 +92,11 @@ def describe_template(parts: ChatTemplate, special: Special, config: TemplateCon
     } | ({WITH_SYSTEM: parts.preamble} if SYSTEM in parts.preamble else {})
 
 
-def describe_model_template(parts: ModelTemplate, eos: str) -> dict[str, str | None]:
+def describe_model_template(parts: ModelTemplate) -> dict[str, str | None]:
     """template.json of a model's own chat template."""
     return {
         "bos": parts.bos,
-        "eos": eos,
+        "eos": parts.eos,
         "preamble": parts.preamble,
         "before_prompt": parts.before_prompt,
         "before_answer": parts.before_answer,
@@ -183,14 +183,19 @@ def _questioned(turns: pa.Table, way: Way, schema: pa.Schema) -> Iterator[pa.Rec
     for start, end in bounded_ranges(text_bytes(turns, "prompt", "answer")):
         batch = one_batch(turns.slice(start, end - start))
         asked = pa.array(questions).take(pa.array(drawn[start:end]))
-        prompts, answers = (_stripped(batch[name], wanted) for name, wanted in zip(("prompt", "answer"), way.strips, strict=True))
+        prompts, answers = batch["prompt"], batch["answer"]
+        if (parts := way.parts) is not None:
+            prompts = _spoken(prompts, strip=parts.stripped.prompt)
+            answers = _spoken(answers, strip=parts.stripped.answer, lead=parts.lead)
         yield pa.RecordBatch.from_arrays([batch["uid"], prompts, asked, answers], schema=schema)
 
 
-def _stripped(texts: pa.Array, wanted: bool) -> pa.Array:
+def _spoken(texts: pa.Array, *, strip: bool, lead: str = "") -> pa.Array:
     import pyarrow as pa
 
-    return pa.array([text.strip() for text in texts.to_pylist()], pa.string()) if wanted else texts
+    if not strip and not lead:
+        return texts
+    return pa.array([lead + (text.strip() if strip else text) for text in texts.to_pylist()], pa.string())
 
 
 def _rendered(
@@ -217,12 +222,12 @@ def _rendered(
 def _render(conversations: Artifact, template: Mapping[str, str | None], way: Way) -> Artifact:
     with publish("texts", need_bytes=2 * conversations.size_bytes) as draft:
         draft.rows = write_texts(conversations, draft.path, template, way)
-        if way.special is not None:
-            check_against_jinja(draft.path, Renderer(str(template["chat_template"]), way.special))
+        if way.parts is not None and way.special is not None:
+            check_against_jinja(draft.path, Renderer(way.parts.jinja, way.special), way.parts)
     return draft.artifact
 
 
-def check_against_jinja(texts: Path, render: Renderer) -> None:
+def check_against_jinja(texts: Path, render: Renderer, parts: ModelTemplate) -> None:
     """Compare some texts with what the model's template itself makes of their messages.
 
     Raises:
@@ -232,8 +237,9 @@ def check_against_jinja(texts: Path, render: Renderer) -> None:
     for row in np.unique(np.linspace(0, table.num_rows - 1, CHECKED_ROWS).astype(np.int64)) if table.num_rows else ():
         text = table.slice(row, 1).to_pylist()[0]
         spoken = turns(np.array(text["products"]))
-        messages = messages_of(text.get("system") or "", spoken["prompt"].to_pylist(), spoken["answer"].to_pylist())
-        if (theirs := render(messages)) != text["text"]:
+        answers = [answer.removeprefix(parts.lead) for answer in spoken["answer"].to_pylist()]
+        messages = messages_of(text.get("system") or "", spoken["prompt"].to_pylist(), answers)
+        if (theirs := render(messages)) != text["text"] + parts.closing:
             raise InputError(
                 f"template: row {text['uids'][0]}: the model's chat template renders it otherwise than its parts: got "
                 f"{text['text'][:400]!r}; expected {theirs[:400]!r}. Use template.source=document, or leave such rows out."
@@ -268,7 +274,7 @@ def choose_way(special: Special, config: TemplateConfig, own: str | None) -> tup
             "model.id, or use template.source=document."
         )
     parts = parse_model_template(own, special)
-    return describe_model_template(parts, special.eos), Way(config, (parts.stripped.prompt, parts.stripped.answer), special)
+    return describe_model_template(parts), Way(config, parts, special)
 
 
 @stage(version=1)

@@ -97,8 +97,9 @@ def read_questions(held_out: HeldOut, config: EvaluateConfig) -> Questions:
     turns = _read(held_out.texts / "turns.arrow", "uid", "prompt", "question", "answer")
     parts = json.loads((held_out.template / "template.json").read_text(encoding="utf-8"))
     prompts = _prompts_of_conversations(held_out, turns, parts, config) or _prompts_of_products(turns, parts, config)
+    ends = held_out.tokenizer.special.model_copy(update={"eos": parts["eos"]})
     return Questions(
-        tokenizer=held_out.tokenizer,
+        tokenizer=held_out.tokenizer.model_copy(update={"special": ends}),
         uids=[row["uids"] for row in rows],
         input_ids=[row["input_ids"] for row in rows],
         labels=[row["labels"] for row in rows],

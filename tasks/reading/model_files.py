@@ -87,7 +87,7 @@ def read_chat_template(path: Path) -> str | None:
 
 
 def read_special(path: Path) -> Special:
-    """The tokens that begin and end a text, as the tokenizer's files name them.
+    """The tokens that begin and end a text, as the tokenizer's files name them, and those that end an answer beside.
 
     Raises:
         InputError: when none of them names an end-of-sequence token.
@@ -102,7 +102,19 @@ def read_special(path: Path) -> Special:
             f"{path}: no end-of-sequence token: got {sorted(named)}; expected eos_token in tokenizer_config.json. "
             "Without it no answer would end; name one there."
         )
-    return Special(bos=_token(named.get("bos_token")), eos=eos)
+    return Special(bos=_token(named.get("bos_token")), eos=eos, stops=tuple(stop for stop in _stops(path) if stop != eos))
+
+
+def _stops(path: Path) -> list[str]:
+    """Added tokens of the tokenizer that end the model's answers. Source: transformers, GenerationConfig.eos_token_id."""
+    generation, tokenizer = path / "generation_config.json", path / "tokenizer.json"
+    if not generation.is_file() or not tokenizer.is_file():
+        return []
+    numbers = read_json(generation).get("eos_token_id")
+    if not isinstance(numbers, list):
+        return []
+    added = {token["id"]: token["content"] for token in read_json(tokenizer).get("added_tokens", [])}
+    return [added[number] for number in cast("list[int]", numbers) if number in added]
 
 
 def _token(value: Any) -> str | None:

@@ -3,7 +3,11 @@ r"""A model's own chat template, in Jinja, as the parts of a conversation.
     preamble         <|im_start|>system\nYou are helpful.<|im_end|>\n     and the same with the conversation's system text
     before_prompt    <|im_start|>user\n
     before_answer    <|im_end|>\n<|im_start|>assistant\n                  what a server puts before the answer, no less, no more
-    after_answer     <|im_end|>\n                                         begins with EOS
+    after_answer     <|im_end|>\n                                         begins with what ends the model's answers
+
+An answer ends with the tokenizer's EOS, or with another token that stops the model (Gemma's <end_of_turn>). White space between
+what a server asks with and the answer is learnt as the answer's (Llama 2's "[/INST] "). EOS behind the last answer alone is left
+out, for nobody reads so far (Phi 3).
 
 The parts are found by rendering conversations of known words, and checked on conversations of one to three turns. A template that
 treats turns otherwise (one that drops the thoughts of earlier answers, say) has no such parts: which of its text is the answer's
@@ -24,6 +28,8 @@ SAID, ASKED, TOLD = "answerzq{}", "promptzq{}", "systemzq"
 TODAY = "26 Jul 2024"
 """Stands for the day that a template may ask for, so that a text is the same tomorrow; the default of Llama 3.1's template."""
 FROZEN = "{%- macro strftime_now(format) -%}" + TODAY + "{%- endmacro -%}"
+PINNED = '{{%- set eos_token = "{}" -%}}'
+"""The saved tokenizer's EOS is what ends an answer; the template goes on to write the model's."""
 SYSTEM = "{SYSTEM}"
 
 
@@ -41,12 +47,18 @@ class ModelTemplate:
 
     jinja: str
     bos: str | None
+    eos: str
+    """The token that ends an answer."""
     preamble: str
     with_system: str | None
     """With {SYSTEM} in the place of the system text; None where the template takes none."""
     before_prompt: str
     before_answer: str
+    lead: str
+    """White space that each answer begins with."""
     after_answer: str
+    closing: str
+    """Behind the last answer's; no text of ours has it."""
     stripped: Roles
 
 
@@ -100,29 +112,44 @@ def parse_model_template(jinja: str, special: Special) -> ModelTemplate:
     if "strftime_now" in jinja:
         jinja = FROZEN + jinja
     render = Renderer(jinja, special)
-    first, between, after = _cut(render(_probe(1)), ASKED.format(0), SAID.format(0))
+    first, between, tail = _cut(render(_probe(1)), ASKED.format(0), SAID.format(0))
+    eos = next((token for token in (special.eos, *special.stops) if tail.lstrip().startswith(token)), None)
+    if eos is None:
+        raise refusal(
+            f"an answer is followed by {tail!r}, not by the tokenizer's EOS {' or '.join((special.eos, *special.stops))}"
+        )
+    closing = special.eos if eos != special.eos and tail.endswith(special.eos) else ""
+    after = tail.removesuffix(closing)
     _, _, middle, _, _ = _cut(render(_probe(2)), *(word.format(turn) for turn in (0, 1) for word in (ASKED, SAID)))
     before = middle.removeprefix(after)
     if not middle.startswith(after) or not first.endswith(before):
         raise refusal(
             f"the text between two turns is {middle!r}, which is not that after an answer ({after!r}) and before a prompt"
         )
-    if not after.lstrip().startswith(special.eos):
-        raise refusal(f"an answer is followed by {after!r}, not by the tokenizer's EOS {special.eos}")
-    opening = first.removesuffix(before)
+    opening, lead = first.removesuffix(before), _lead(render, between)
     bos = special.bos if special.bos and opening.startswith(special.bos) else None
     parts = ModelTemplate(
-        jinja=jinja,
+        jinja=PINNED.format(special.eos) + jinja if eos != special.eos and "eos_token" in jinja else jinja,
         bos=bos,
+        eos=eos,
         preamble=opening.removeprefix(bos or ""),
         with_system=_with_system(render, before, bos),
         before_prompt=before,
-        before_answer=between,
+        before_answer=between.removesuffix(lead),
+        lead=lead,
         after_answer=after,
+        closing=closing,
         stripped=_stripped(render),
     )
     _check(parts, render)
     return parts
+
+
+def _lead(render: Renderer, between: str) -> str:
+    """The white space by which a text goes on where a server would ask."""
+    _, asked = _cut(render(_probe(1)[:1], asks=True), ASKED.format(0))
+    rest = between.removeprefix(asked)
+    return rest if between.startswith(asked) and not rest.strip() else ""
 
 
 def _probe(turns: int, system: str = "") -> list[dict[str, str]]:
@@ -169,7 +196,7 @@ def _check(parts: ModelTemplate, render: Renderer) -> None:
     for turns in (1, 2, 3):
         for system in ("", TOLD) if parts.with_system else ("",):
             probe = _probe(turns, system)
-            if (text := render(probe)) != render_parts(parts, probe):
+            if (text := render(probe)) != render_parts(parts, probe) + parts.closing:
                 raise refusal(f"turns are not rendered alike in {text!r}")
     asked = render(_probe(1)[:1], asks=True)
     if not render(_probe(1)).startswith(asked) or not asked.endswith(parts.before_answer):
@@ -177,10 +204,10 @@ def _check(parts: ModelTemplate, render: Renderer) -> None:
 
 
 def render_parts(parts: ModelTemplate, messages: Sequence[dict[str, str]]) -> str:
-    """The text of messages by the parts alone."""
+    """The text of messages by the parts alone, up to what ends the last answer."""
     has_system = messages[0]["role"] == "system"
     head = (parts.with_system or "").replace(SYSTEM, messages[0]["content"], 1) if has_system else parts.preamble
-    around = {"user": (parts.before_prompt, parts.before_answer), "assistant": ("", parts.after_answer)}
+    around = {"user": (parts.before_prompt, parts.before_answer), "assistant": (parts.lead, parts.after_answer)}
     spoken = messages[1:] if has_system else messages
     return (parts.bos or "") + head + "".join(one["content"].join(around[one["role"]]) for one in spoken)
 
@@ -188,6 +215,6 @@ def render_parts(parts: ModelTemplate, messages: Sequence[dict[str, str]]) -> st
 def refusal(what: str) -> ConfigError:
     """The error of a template whose parts can't be found."""
     return ConfigError(
-        f"template.source=model: what is to be learnt can't be found in the model's chat template: {what}; expected turns "
-        "that are rendered alike, each answer ended by EOS. Use template.source=document, or another model."
+        f"template.source=model: what is to be learnt can't be found in the model's chat template: {what}; expected turns that "
+        "are rendered alike, each answer ended by a token that stops the model. Use template.source=document, or another model."
     )

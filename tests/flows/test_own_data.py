@@ -21,12 +21,12 @@ from flows.recipes import build_recipe, load_recipe
 from flows.reports.results import Results
 from flows.suggest import recipe_text
 from tasks.caching.runs import past_runs
-from tasks.reading.model_files import read_json
+from tasks.reading.model_files import read_json, read_special
 from tasks.refs import InputError, SavedModel
-from tests.support.chat_templates import CHATML
+from tests.support.chat_templates import CHATML, GEMMA
 from tests.support.here import run_here
 from tests.support.rows import WRITERS
-from tests.support.tiny import EOS, make_tiny_model
+from tests.support.tiny import EOS, PAD, make_tiny_model
 from tests.support.tiny_recipe import TINY
 
 pytestmark = pytest.mark.heavy
@@ -155,6 +155,23 @@ def test_model_is_judged_asked_and_served_with_its_template(name: str, root: Pat
     assert done.exit_code == 0, done.output
     assert done.stdout.strip()
     check_served(saved, "Chaleira?" if own else "Chaleira da Aurora" if "csv" in name else "Chaleira de Brisa")
+
+
+def test_answers_may_end_with_another_token_than_eos(root: Path, tmp_path: Path) -> None:
+    """As those of Gemma and Phi 3, whose generation_config.json names it: the saved tokenizer's EOS is that token."""
+    from transformers import AutoTokenizer
+
+    base = make_tiny_model(tmp_path / "model", seed=1)
+    (base / "chat_template.jinja").write_text(GEMMA.replace("<end_of_turn>", PAD))
+    (base / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [1, 2], "pad_token_id": 2}))
+    source = WRITERS["jsonl"](tmp_path / "rows.jsonl", KINDS["completion"])
+    settings = settings_of("own-stop", source, root, CHAT_SETTINGS)
+    saved, _ = run_here(build_recipe(settings, [f"model.id={base}", "evaluate.generations=0"]))
+    assert read_special(saved.data.path).eos == PAD
+    check_served(saved, "Chaleira?")
+    assert AutoTokenizer.from_pretrained(saved.data.path).eos_token == PAD
+    asked = CliRunner().invoke(app, ["ask", "own-stop", "--prompt", "Chaleira?", "--max-new-tokens", "4"])
+    assert asked.exit_code == 0, asked.output
 
 
 def check_served(saved: SavedModel, words: str) -> None:

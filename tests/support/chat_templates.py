@@ -31,21 +31,33 @@ MISTRAL = (
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}"
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
+"""Mistral 7B's until v0.2. Source: https://huggingface.co/mistralai/Mistral-7B-Instruct-v0.1."""
+MISTRAL3 = MISTRAL.replace("' [/INST]'", "'[/INST]'").replace("{{ message", "{{ ' ' + message")
+"""v0.3's. Source: https://huggingface.co/mistralai/Mistral-7B-Instruct-v0.3."""
 LLAMA2 = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' '  + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+    "{% if messages[0]['role'] == 'system' %}{% set told = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set told = '' %}{% endif %}"
+    "{% for message in messages %}{% set content = told + message['content'] if loop.first else message['content'] %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+"""Source: https://huggingface.co/meta-llama/Llama-2-7b-chat-hf."""
+PHI3 = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+"""Source: https://huggingface.co/microsoft/Phi-3-mini-4k-instruct."""
 THINKING = (
     "{% for message in messages %}{% if message.role == 'assistant' and loop.last %}"
     "{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' + message.content + '<|im_end|>\n' }}{% else %}"
     "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""Qwen3's: only the last answer has a place for thoughts."""
+"""Qwen3's: only the last answer has a place for thoughts. Source: https://huggingface.co/Qwen/Qwen3-8B."""
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else 'user' %}"
     "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
+"""Gemma's and Gemma 2's. Source: https://ai.google.dev/gemma/docs/core/prompt-structure."""

@@ -17,9 +17,9 @@ from tasks.sample import sample
 from tasks.sharegpt import sharegpt
 from tasks.tables.arrow import write_table
 from tasks.template import template
-from tests.support.chat_templates import CHATML, LLAMA3, MISTRAL
+from tests.support.chat_templates import CHATML, LLAMA2, LLAMA3, MISTRAL, PHI3
 from tests.support.prepared import encode, rows_of
-from tests.support.tiny import BOS, EOS
+from tests.support.tiny import BOS, EOS, PAD
 
 SPECIAL = Special(bos=BOS, eos=EOS)
 OWN = CHATML.replace("<|im_end|>", EOS)
@@ -73,6 +73,24 @@ def test_documents_template_takes_several_turns_and_a_system_text() -> None:
 def test_white_space_goes_where_the_template_strips_it(tmp_path: Path) -> None:
     texts = render(Conversation("u", "", [" Panela?\n"], ["\n De ferro. "]), own=LLAMA3.replace("<|eot_id|>", EOS))
     assert learnt(texts, tmp_path / "tokenizer") == [f"De ferro.{EOS}"]
+
+
+def test_answer_may_end_with_another_token_that_stops_the_model(tmp_path: Path) -> None:
+    own = PHI3.replace("<|end|>", PAD)
+    with publish("products") as draft:
+        table = conversation_table(iter([LONG, SHORT]))
+        draft.rows = write_table(draft / "products.arrow", table.schema, table.to_batches())
+    split = Split(train=draft.artifact, evaluation=draft.artifact)
+    stops = Special(bos=BOS, eos=EOS, stops=(PAD,))
+    texts = template.fn(sharegpt.fn(split, SharegptConfig()), stops, MODEL, own)
+    assert learnt(texts, tmp_path / "tokenizer") == [f"De aço.{PAD}Aurora.{PAD}", f"De ferro.{PAD}"]
+    assert rows_of(texts.train)[1]["text"] == f"<|user|>\nPanela?{PAD}\n<|assistant|>\nDe ferro.{PAD}\n"
+
+
+def test_white_space_that_begins_an_answer_is_learnt(tmp_path: Path) -> None:
+    own = LLAMA2.replace("bos_token", f"'{BOS}'").replace("eos_token", f"'{EOS}'")
+    texts = render(Conversation("u", "", ["Panela?", "E?"], ["De ferro.", " Sim. "]), own=own)
+    assert learnt(texts, tmp_path / "tokenizer") == [f" De ferro. {EOS} Sim. {EOS}"]
 
 
 def test_system_text_without_a_place_is_refused() -> None:

@@ -36,7 +36,7 @@ from tasks.refs import (
 )
 from tasks.reporting.model_card import model_card, snippet
 from tasks.save import publish_link, save, seeds
-from tests.support.tiny import BOS
+from tests.support.tiny import BOS, EOS
 from tests.support.tuned import artifact_of
 
 TEMPLATE = "{{ bos_token }}{% for message in messages %}### {{ message['content'] }}\n{% endfor %}"
@@ -66,7 +66,7 @@ def save_with(adapter_path: Path, model: Model, config: SaveConfig, stray: str |
         steps=60,
     )
     evaluation = Evaluation(data=artifact_of("evaluation", {"metrics.json": json.dumps(METRICS), "generations.jsonl": "{}\n"}))
-    template = artifact_of("template", {"template.json": json.dumps({"chat_template": TEMPLATE})})
+    template = artifact_of("template", {"template.json": json.dumps({"chat_template": TEMPLATE, "eos": EOS})})
     for file in (artifact / stray for artifact in (adapter.data, evaluation.data) if stray):
         file.parent.mkdir(exist_ok=True)
         file.touch()
