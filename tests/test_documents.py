@@ -12,7 +12,9 @@ from typer.main import get_command
 from flows.cli.main import app
 from tasks.training.exporting.architectures import ARCHITECTURES
 from tasks.training.fast.families import FAMILIES
+from tests.flows.test_own_data import KINDS
 from tests.support.checkout import PROJECT
+from tests.support.rows import WRITERS
 
 README_LINES = 150
 ROOTS = (".ci", ".github", "deployments", "docker", "flows", "tasks", "tests")
@@ -120,6 +122,23 @@ def test_every_folder_of_the_design_exists(shared: Path) -> None:
     found = folders(layout)
     assert {"flows/running", "tasks/training"} <= found
     assert sorted(path for path in found if not (PROJECT / path).is_dir()) == []
+
+
+def test_every_kind_of_row_is_in_the_table_that_a_test_runs() -> None:
+    kinds = re.findall(r"^\| `(\w+)` \|", README.split("| kind of row |")[1].split("\n\n")[0], re.MULTILINE)
+    assert kinds == list(KINDS)
+    header = README.split("| kind of row |")[1].splitlines()[0].lower()
+    named = {
+        "jsonl": "json lines",
+        "json": "json array",
+        "csv": "csv",
+        "tsv": "tsv",
+        "parquet": "parquet",
+        "datasets": "datasets",
+    }
+    named |= dict.fromkeys(("arrow", "arrows"), "arrow ipc")
+    assert named.keys() == WRITERS.keys()
+    assert [name for name in named.values() if name not in header] == []
 
 
 def test_every_shipped_recipe_is_described() -> None:

@@ -32,6 +32,13 @@ class MadeHere:
         return made
 
 
+def make_here(recipe: Recipe, until: str) -> list[str]:
+    """The stages that had to be made of a run that ends with one of them."""
+    engine = MadeHere()
+    run_recipe(recipe, until, engine, tune)
+    return engine.made
+
+
 def run_here(recipe: Recipe) -> tuple[SavedModel, list[str]]:
     """The saved model of a whole run, and the stages that had to be made."""
     engine = MadeHere()
