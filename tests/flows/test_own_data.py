@@ -153,6 +153,15 @@ def test_model_is_judged_asked_and_served_with_its_template(name: str, root: Pat
     check_served(saved, "Chaleira?" if own else "Chaleira da Aurora" if "csv" in name else "Chaleira de Brisa")
 
 
+def test_conversations_train_in_packs_by_fast_too(root: Path, tmp_path: Path) -> None:
+    source = WRITERS["jsonl"](tmp_path / "rows.jsonl", KINDS["messages"])
+    fast = ["backend=fast", "optimizer=adamw_torch_fused", "batch_size=1"]
+    changes = ["pack.tokens=512", *(f"finetune.{change}" for change in fast)]
+    saved, _ = run_here(build_recipe(settings_of("own-fast", source, root, CHAT_SETTINGS), changes))
+    metrics = read_json(saved.data / "metrics.json")
+    assert 0 < metrics["tuned"]["nll"] < metrics["base"]["nll"]
+
+
 def test_answers_may_end_with_another_token_than_eos(root: Path, tmp_path: Path) -> None:
     """As those of Gemma and Phi 3, whose generation_config.json names it: the saved tokenizer's EOS is that token."""
     from transformers import AutoTokenizer
