@@ -7,6 +7,7 @@ gradient do not depend on the pack that it is in.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,17 +34,17 @@ class Room(NamedTuple):
 def even_out(shares: Sequence[Sequence[Pack]], lengths: Any, room: Room) -> list[list[Pack]]:
     """Each process's packs, rows exchanged between them; `lengths` has the tokens of each row that a pack may name.
 
-    All processes draw alike, so each finds the same.
+    Each process finds the same.
 
     >>> packs = even_out([[np.array([0, 1])], [np.array([2, 3, 4, 5])]], np.array([4, 4, 2, 2, 2, 2]), Room(8, 4))
     >>> [[sorted(np.array([4, 4, 2, 2, 2, 2])[pack].tolist()) for pack in share] for share in packs]
     [[[2, 2, 4]], [[2, 2, 4]]]
     """
-    evened, random = [list(share) for share in shares], np.random.default_rng(0)
+    evened = [list(share) for share in shares]
     work = np.array([_work(lengths, np.concatenate(share)) if share else 0 for share in evened])
     for _ in range(ROUNDS):
         heavy = int(work.argmax())
-        if work[heavy] <= (1 + CLOSE) * work.mean() or not _lighten(evened, heavy, work, lengths, room, random):
+        if work[heavy] <= (1 + CLOSE) * work.mean() or not _lighten(evened, heavy, work, lengths, room):
             break
     return evened
 
@@ -52,7 +53,7 @@ def _work(lengths: Any, rows: Pack) -> int:
     return int((lengths[rows] ** 2).sum())
 
 
-def _lighten(evened: list[list[Pack]], heavy: int, work: Any, lengths: Any, room: Room, random: Any) -> bool:
+def _lighten(evened: list[list[Pack]], heavy: int, work: Any, lengths: Any, room: Room) -> bool:
     """Exchange rows between the busiest process and the idlest that has some to offer; whether there was one."""
     giver = max(range(len(evened[heavy])), key=lambda number: _work(lengths, evened[heavy][number]))
     for light in map(int, work.argsort()[:-1]):
@@ -60,7 +61,7 @@ def _lighten(evened: list[list[Pack]], heavy: int, work: Any, lengths: Any, room
             continue
         taker = min(range(len(evened[light])), key=lambda number: _work(lengths, evened[light][number]))
         packs = evened[heavy][giver], evened[light][taker]
-        if (exchanged := exchange(*packs, int(work[heavy] - work[light]), lengths, room, random)) is not None:
+        if (exchanged := exchange(*packs, int(work[heavy] - work[light]), lengths, room)) is not None:
             evened[heavy][giver], evened[light][taker] = exchanged
             change = _work(lengths, packs[0]) - _work(lengths, exchanged[0])
             work[heavy] -= change
@@ -69,9 +70,9 @@ def _lighten(evened: list[list[Pack]], heavy: int, work: Any, lengths: Any, room
     return False
 
 
-def exchange(giver: Pack, taker: Pack, gap: int, lengths: Any, room: Room, random: Any) -> tuple[Pack, Pack] | None:
+def exchange(giver: Pack, taker: Pack, gap: int, lengths: Any, room: Room) -> tuple[Pack, Pack] | None:
     """Two packs with rows exchanged such that their processes, `gap` apart before, are nearest; None if no exchange helps."""
-    given, taken = choices(len(giver), GIVEN, TRIED[0], random), choices(len(taker), TAKEN, TRIED[1], random)
+    given, taken = choices(len(giver), GIVEN, TRIED[0]), choices(len(taker), TAKEN, TRIED[1])
     out, back = fitting_pairs(
         given @ lengths[giver], taken @ lengths[taker], room.tokens - lengths[giver].sum(), room.tokens - lengths[taker].sum()
     )
@@ -97,7 +98,9 @@ def fitting_pairs(given: Any, taken: Any, giver_room: float, taker_room: float) 
     return out, order[np.arange(len(out)) - np.repeat(np.cumsum(counts) - counts - first, counts)]
 
 
-def choices(rows: int, most: int, count: int, random: Any) -> Any:
-    """`count` choices of up to so many of a pack's rows, never of all: ones, (count, rows)."""
+@lru_cache
+def choices(rows: int, most: int, count: int) -> Any:
+    """`count` choices of up to so many of a pack's rows, never of all: ones, (count, rows). They are drawn once for all packs."""
+    random = np.random.default_rng(rows)
     sizes = random.integers(0, min(most, rows - 1) + 1, (count, 1))
     return (random.random((count, rows)).argsort(1) < sizes).astype(np.float64)

@@ -1,8 +1,8 @@
 """Frozen tensors of a model's layers, shared out over the processes and put together where a layer is computed; imports torch.
 
 torch's FSDP2 does both: it gathers a layer's tensors while the one before it is computed, and frees them after. They go as
-bytes, for it knows nothing of the forms of fp8 and NF4. A layer is computed again for its backward pass, for which its tensors
-are gathered anew. Adapters stay whole on each process (gradients.py).
+their bytes in the shape of bfloat16: not all that move them know fp8, and FSDP2 before torch 2.13 takes no integers. A layer is
+computed again for its backward pass, for which its tensors are gathered anew. Adapters stay whole on each process (gradients.py).
 
 Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
@@ -57,7 +57,7 @@ class SharedOut(nn.Module):
     def _take(self, name: str, tensor: Tensor) -> Tensor | tuple[str, torch.dtype, torch.Size]:
         if not tensor.ndim:
             return tensor  # a number, as frozen.py's balances
-        self.register_parameter(name, nn.Parameter(tensor.contiguous().flatten().view(torch.uint8), requires_grad=False))
+        self.register_parameter(name, nn.Parameter(tensor.contiguous().flatten().view(torch.bfloat16), requires_grad=False))
         return name, tensor.dtype, tensor.shape
 
     def _whole(self) -> Groups:

@@ -79,11 +79,9 @@ def test_the_number_of_devices_is_not_in_the_key(model: Model) -> None:
     assert FinetuneConfig().devices == 1
 
 
-@pytest.mark.slow("five processes that train")
+@pytest.mark.slow("three processes that train")
 def test_a_base_model_that_is_shared_out_trains_as_one_that_each_holds(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = trained_in(tmp_path / "alone", monkeypatch, model, "packs", backend="fast")
-    for devices in (2, 3):
-        shared = trained_in(tmp_path / str(devices), monkeypatch, model, "packs", backend="fast", devices=devices, sharded=True)
-        assert_equal(shared, alone)
+    assert_equal(trained_in(tmp_path / "3", monkeypatch, model, "packs", backend="fast", devices=3, sharded=True), alone)
