@@ -31,7 +31,7 @@ USABLE = 0.95
 """Share of the free memory to plan with; the rest goes to fragments."""
 
 
-class Way(NamedTuple):
+class Holding(NamedTuple):
     """How a base model can be held."""
 
     frozen_weights: FrozenWeights
@@ -99,20 +99,22 @@ def is_fp8(held: str) -> bool:
     return held in ("fp8", "fp8-backward")
 
 
-def ways(config: FinetuneConfig, capability: tuple[int, int], hidden: int, devices: int = 1) -> list[Way]:
+def ways(config: FinetuneConfig, capability: tuple[int, int], hidden: int, devices: int = 1) -> list[Holding]:
     """The ways that are wanted and can be had here for a model of that width, fastest first.
 
     >>> [tuple(way)[:2] for way in ways(FinetuneConfig(backend="fast", gradient_checkpointing="auto"), (8, 0), 4096)]
     [('plain', 'none'), ('plain', 'full'), ('nf4', 'none'), ('nf4', 'full')]
     >>> ways(FinetuneConfig(backend="fast", sharded=True, frozen_weights="fp8"), (9, 0), 4096, 2)
-    [Way(frozen_weights='fp8', checkpointing='full', sharded=True)]
+    [Holding(frozen_weights='fp8', checkpointing='full', sharded=True)]
     """
     fastest: tuple[FrozenWeights, ...] = ("fp8",) if capability >= FP8_CAPABILITY and hidden >= FP8_HIDDEN else ("plain",)
     on_gpu: tuple[FrozenWeights, ...] = (*fastest, "nf4") if capability > (0, 0) else ("plain",)
     held = on_gpu if config.frozen_weights == "auto" else (config.frozen_weights,)
     kept: tuple[Checkpointing, ...] = ("none", "full")
-    whole = [Way(*way) for way in product(held, kept if config.gradient_checkpointing == "auto" else (_checkpointing(config),))]
-    shared = [Way(way, "full", sharded=True) for way in held] if devices > 1 else []
+    whole = [
+        Holding(*way) for way in product(held, kept if config.gradient_checkpointing == "auto" else (_checkpointing(config),))
+    ]
+    shared = [Holding(way, "full", sharded=True) for way in held] if devices > 1 else []
     if config.sharded is True and not shared:
         raise ConfigError(
             "finetune.sharded: nothing to share the base model out to: got true and 1 device; expected several devices. "

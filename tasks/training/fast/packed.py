@@ -28,7 +28,7 @@ from tasks.training.fast.layers import Layer, RowBounds, block, common_config, p
 from tasks.training.fast.loss import IGNORED, Logits, linear_loss
 from tasks.training.fast.maps import Map, lora_scaling
 from tasks.training.fast.positions import Positions
-from tasks.training.parallel.shards import Shards
+from tasks.training.parallel.shards import SharedLayers
 
 
 class PackedLlama:
@@ -48,7 +48,7 @@ class PackedLlama:
         place = torch.device(device) if device else self._head.device
         taken = take_over(self._body, config, kind, self._config, place)
         self._layers: list[Layer] = []
-        self._shards = Shards(self._take_bases(taken)) if sharded else None
+        self._shards = SharedLayers(self._take_bases(taken)) if sharded else None
         self._layers += taken
         wrapped.to(place)
         self._positions = Positions(self._body.rotary_emb, list(dict.fromkeys(layer.positions for layer in self._layers)))
@@ -96,7 +96,8 @@ class PackedLlama:
     def _run(self, layer: Layer, tables: Any, rows: Any, x: Tensor, *, checkpointed: bool) -> Tensor:
         maps, norms, config, positions = layer
         self._refresh(maps, x.dtype)
-        inputs = (x, *tables[positions], rows[config.scores], maps, norms, config)
+        cos, sin = tables[positions]
+        inputs = (x, cos, sin, rows[config.scores], maps, norms, config)
         return checkpoint(self._block, *inputs, use_reentrant=False) if checkpointed else self._block(*inputs)
 
     def _rows(self, batch: Mapping[str, Any], x: Tensor) -> dict[Scores, RowBounds]:

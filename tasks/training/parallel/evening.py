@@ -25,7 +25,7 @@ Pack = Any
 
 
 class Room(NamedTuple):
-    """What a pack may hold."""
+    """The most that a pack may hold."""
 
     tokens: int
     rows: int

@@ -35,4 +35,4 @@ def average(gradients: list[Tensor]) -> None:
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     parts = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(own) for part, own in zip(parts, gradients, strict=True)])  # pyright: ignore[reportPrivateUsage]
+    torch._foreach_copy_(gradients, [part.view_as(own) for part, own in zip(parts, gradients, strict=True)])  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]

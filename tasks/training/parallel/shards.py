@@ -24,7 +24,7 @@ Compute = Callable[[Groups, Tensor], Tensor]
 """A layer: of its tensors and its input."""
 
 
-class Shards(nn.Module):
+class SharedLayers(nn.Module):
     """The layers of a model one after the other."""
 
     def __init__(self, layers: Iterable[Groups]) -> None:
@@ -32,9 +32,10 @@ class Shards(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList()
         for groups in layers:
-            layer = SharedOut(groups)
+            layer = SharedLayer(groups)
             mesh = init_device_mesh(layer.device.type, (dist.get_world_size(),))
-            self.layers.append(fully_shard(layer, mesh=mesh))
+            fully_shard(layer, mesh=mesh)
+            self.layers.append(layer)
         fully_shard(self)
 
     def forward(self, x: Tensor, computes: Sequence[Compute]) -> Tensor:
@@ -44,7 +45,7 @@ class Shards(nn.Module):
         return x
 
 
-class SharedOut(nn.Module):
+class SharedLayer(nn.Module):
     """A layer's tensors, in groups."""
 
     def __init__(self, groups: Groups) -> None:
