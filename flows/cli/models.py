@@ -85,13 +85,14 @@ def serve(
 ) -> None:
     """Serve a saved model at an OpenAI-compatible endpoint, until Ctrl-C.
 
-    With AMAZON_FT_API_KEY set, only to those who send it as a bearer token.
+    With AMAZON_FT_API_KEY set, only to those who send it as a bearer token. By vLLM, of this environment or
+    at AMAZON_FT_VLLM, the adapter stays unmerged, and of a recipe the model promoted next is served without a restart.
     """
-    from flows.models.saved import find_saved
+    from flows.models.saved import find_saved, promoted_link
     from flows.models.serve import become_server
 
     hide_bars()
-    become_server(find_saved(model), port, remark)
+    become_server(find_saved(model), port, remark, link=promoted_link(model))
 
 
 def _sayer() -> Callable[[str], None]:

@@ -24,10 +24,9 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as AnyHTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import ASGIApp
 
 from flows.models.serve import API_KEY, HOST
+from flows.models.vllm_side.amazon_ft_vllm import ThisMachineOnly
 
 LONGEST_ANSWER = 1024
 """Tokens, unless the request says otherwise or the context ends before."""
@@ -151,13 +150,6 @@ def _language() -> Any:
     from transformers.cli.serving.utils import Modality
 
     return Modality.LLM
-
-
-class ThisMachineOnly(TrustedHostMiddleware):
-    """Refuses requests by another name than this machine's: a web page whose name leads here (DNS rebinding)."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        super().__init__(app, allowed_hosts=[HOST, "localhost"])
 
 
 def load_endpoint(directory: Path) -> Endpoint:

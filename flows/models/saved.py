@@ -69,6 +69,13 @@ def find_saved(name: str) -> Saved:
     return Saved(path, build_recipe(settings, where=f"{path / 'recipe.yaml'}"))
 
 
+def promoted_link(name: str) -> Path | None:
+    """Where a recipe's promoted model is found, now or later; None for the name of one model, or its directory."""
+    folder = home() / "models" / name
+    one = any((path / ADAPTER).is_file() for path in (Path(name).expanduser(), folder))
+    return None if one else folder / PROMOTED
+
+
 def list_saved() -> list[dict[str, Any]]:
     """Every saved model, newest first: model (RECIPE/NAME), promoted, saved, nll, base, path; a damaged one without."""
     links = [path.parent for path in (home() / "models").glob(f"*/*/{ADAPTER}") if path.parent.name != PROMOTED]

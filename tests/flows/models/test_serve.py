@@ -20,7 +20,8 @@ import psutil
 import pytest
 
 from flows.models import serve
-from flows.models.saved import find_saved
+from flows.models.saved import find_saved, promoted_link
+from flows.models.vllm_side import amazon_ft_vllm
 from flows.running.garbage import collect, inventory
 from tasks.refs import ConfigError
 from tests.e2e.served import until
@@ -122,15 +123,62 @@ def test_the_merged_copy_is_made_once_and_gc_takes_it(base: Path, home: Path) ->
     assert not path.exists()
 
 
-def test_vllm_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "find_spec", lambda name: name == "vllm")
-    assert serve.check_server() == "vllm"
-    line = serve.command("vllm", Path("/home/served/ab/demo"), 8000)
-    assert line[1:3] == ["serve", "/home/served/ab/demo"]
-    assert {"--served-model-name demo", "--host 127.0.0.1", "--port 8000"} <= {f"{a} {b}" for a, b in pairwise(line)}
+def started(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[list[str], dict[str, str]]:
+    """The program, its command line and the variables that `amazon-ft serve demo` would become."""
+    became: list[Any] = []
+    monkeypatch.setattr(serve.os, "execve", lambda *said: became.extend(said))
+    serve.become_server(find_saved("demo"), 8000, lambda _: None, **options)
+    return became[1], became[2]
+
+
+@pytest.fixture
+def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program where vLLM is told to be; it is never run."""
+    (tmp_path / "vllm").touch()
+    monkeypatch.setenv(serve.VLLM, str(tmp_path / "vllm"))
+    return tmp_path / "vllm"
+
+
+def test_vllm_gets_the_base_model_and_beside_it_the_adapter_with_its_template(
+    base: Path, vllm: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AMAZON_FT_API_KEY", "secret")
+    line, env = started(monkeypatch, link=promoted_link("demo"))
+    saved = find_saved("demo").path
+    assert line[:3] == [str(vllm), "serve", str(base)]
+    told = {f"{a} {b}" for a, b in pairwise(line)}
+    assert {f"--lora-modules demo={saved}", f"--tokenizer {saved}", f"--chat-template {saved}/chat_template.jinja"} <= told
+    assert {"--served-model-name org/tiny", "--host 127.0.0.1", "--port 8000", "--max-lora-rank 16"} <= told
+    assert not (home / "served").exists()
+    assert "secret" not in line
+    assert env["VLLM_API_KEY"] == "secret"
+    assert env[amazon_ft_vllm.LINK] == str(home / "models" / "demo" / "promoted")
+
+
+def test_vllm_gets_both_merged_where_it_has_no_such_adapter(
+    tmp_path: Path, vllm: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_tiny_model(tmp_path / "base")
+    save_tuned(base, make_tiny_adapter(base, tmp_path / "adapter"), **{"finetune.lora.bias": "all"})
+    line, _ = started(monkeypatch)
+    (merged,) = (home / "served").glob("*/demo")
+    assert line[:3] == [str(vllm), "serve", str(merged)]
+    assert "--enable-lora" not in line
+
+
+def test_a_program_that_is_not_there_is_told(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(serve.VLLM, "/nowhere/vllm")
+    with pytest.raises(ConfigError, match="AMAZON_FT_VLLM: no program: got /nowhere/vllm"):
+        started(monkeypatch)
 
 
 def test_what_to_install_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "find_spec", lambda name: name == "uvicorn")
     with pytest.raises(ConfigError, match=r"not installed: fastapi, openai; .* pip install 'amazon-ft\[serve\]'"):
-        serve.check_server()
+        serve.check_transformers_server()
+
+
+def test_only_a_recipes_name_is_followed(base: Path, home: Path) -> None:
+    assert promoted_link("demo") == home / "models" / "demo" / "promoted"
+    assert promoted_link("demo/unsloth_model_optimized") is None
+    assert promoted_link(str(find_saved("demo").path)) is None
