@@ -398,6 +398,10 @@ class PromoteConfig(Section):
     margin: float = Field(default=0.05, ge=0)
     """How much less the tuned model must lose than the base model, and than the model promoted before, in nats per token;
     the 95 % interval of the difference must be below zero too."""
+    approve: bool = False
+    """Whether somebody has to say yes as well: a deployed run waits in the UI, paused, another one asks in the terminal."""
+    approve_hours: float = Field(default=24, gt=0, allow_inf_nan=False)
+    """How long a deployed run waits. What nobody approved stays saved, and the next run of the recipe asks again."""
 
 
 Verify = Literal["full", "size"]
