@@ -71,6 +71,8 @@ def test_a_made_model_is_loaded_whole_and_in_bfloat16(name: str, tmp_path: Path)
     assert {weights.dtype for weights in model.parameters()} == {torch.bfloat16}
     assert all(float(weights.std()) == pytest.approx(0.02, rel=0.1) for weights in matrices)
     assert model.config.vocab_size == VOCABULARY
+    stored = json.loads((tmp_path / "made" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert ("lm_head.weight" in stored) != model.config.tie_word_embeddings
 
 
 def test_ids_beyond_a_vocabulary_are_taken_modulo_its_size_and_rows_without_a_label_stay_so(tmp_path: Path) -> None:
