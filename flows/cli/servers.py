@@ -55,12 +55,18 @@ def deploy(
     overwrite: Annotated[
         bool, typer.Option("--overwrite-templates", help="Put our job templates in the place of edited ones.")
     ] = False,
+    notify: Annotated[
+        list[str] | None, typer.Option(metavar="TYPE/NAME", help="A notification block that hears of models and failed runs.")
+    ] = None,
 ) -> None:
     """Register work pools, deployments and the crash automation with the server at PREFECT_API_URL."""
+    from flows.server import notify as notifications
     from flows.server.deploy import server_url, set_up
 
     url = server_url()
     set_up(pools, gpus, overwrite=overwrite, say=remark)
+    for block in notify or ():
+        notifications.notify(block, remark)
     remark(f"registered at {url}: work pools cpu and cuda, every deployment of deployments/prefect.yaml")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -96,8 +96,19 @@ class Artifacts:
         verdict = told.run.verdict or {"promoted": False, "reasons": (), "against": ()}
         word = "promoted" if verdict["promoted"] else "not promoted"
         self.show("verdict", word, markdown.verdict_lines(word, verdict["reasons"], verdict["against"]))
+        self._emit(word, str(told.link), verdict["reasons"])
         if told.page is not None:
             self.show("report", f"report.html: {told.page}", markdown.report_file(str(told.page), socket.gethostname()))
+
+    def _emit(self, verdict: str, model: str, reasons: Iterable[str]) -> None:
+        """The event that automations wait for (deployments/notifications.yaml)."""
+        from prefect.events import emit_event
+
+        emit_event(
+            event=f"amazon-ft.model.{verdict.replace(' ', '-')}",
+            resource={"prefect.resource.id": f"amazon-ft.recipe.{self._recipe}", "prefect.resource.name": self._recipe},
+            payload={"recipe": self._recipe, "verdict": verdict, "model": model, "reasons": "; ".join(reasons)},
+        )
 
     def _show_stage(self, name: str, inputs: Mapping[str, Any], value: BaseModel) -> None:
         if isinstance(value, Products):

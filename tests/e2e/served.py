@@ -63,10 +63,15 @@ class Served:
 
     def command(self, *words: str) -> str:
         """What a command of ours prints in another shell of this root."""
+        done = self.try_command(*words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def try_command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """A command of ours in another shell of this root, whether it succeeds or not."""
         environment = self.env | {"AMAZON_FT_HOME": str(self.home)}
-        return subprocess.run(
-            [sys.executable, "-m", "flows.cli", *words], env=environment, check=True, stdout=subprocess.PIPE, text=True
-        ).stdout
+        line = [sys.executable, "-m", "flows.cli", *words]
+        return subprocess.run(line, env=environment, check=False, capture_output=True, text=True)
 
     def overrides(self, *more: str) -> list[str]:
         return [f"model.id={self.model}", *SIZES, *more]

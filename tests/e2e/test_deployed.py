@@ -11,10 +11,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tests.e2e.served import PREPARED, SHORT, Served, until
 
@@ -123,16 +128,47 @@ def test_the_log_of_a_workers_flow_run_has_no_bars(served: Served, finished_run:
     assert "\r" not in log
 
 
+@pytest.fixture(scope="module")
+def heard(served: Served) -> Iterator[list[str]]:
+    """What a webhook is told, which `amazon-ft deploy --notify` named."""
+    bodies: list[str] = []
+
+    class Webhook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(self.rfile.read(int(self.headers["content-length"])).decode())
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Webhook) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_API_URL: f"{served.url}/api"}):
+            patch.setenv("PREFECT_API_URL", f"{served.url}/api")
+            url = f"http://127.0.0.1:{server.server_port}"
+            block = CustomWebhookNotificationBlock(name="team", url=url, json_data={"text": "{{subject}} | {{body}}"})
+            block.save("team")
+        served.command("deploy", "--notify", "custom-webhook/team")
+        yield bodies
+        server.shutdown()
+
+
 @pytest.mark.slow("a deployed run")
-def test_second_run_is_all_cached_without_a_child(served: Served, finished_run: str, settings: list[str]) -> None:
+def test_second_run_is_all_cached_without_a_child_and_a_webhook_hears_its_verdict(
+    served: Served, finished_run: str, settings: list[str], heard: list[str]
+) -> None:
     again = served.start(*settings)
     assert served.ended(again)["state_type"] == "COMPLETED"
     assert served.children(again) == []
     assert set(served.tasks(again).values()) == {"Cached"}
+    assert until(lambda: any("amazon-ft demo: promoted" in body for body in heard)), heard
 
 
 @pytest.mark.slow("a deployed run and its training")
-def test_failure_of_the_training_reaches_the_parent_in_its_own_words(served: Served, finished_run: str) -> None:
+def test_failure_of_the_training_reaches_the_parent_and_a_webhook_in_its_own_words(
+    served: Served, finished_run: str, heard: list[str]
+) -> None:
     run = served.start(*SHORT, "finetune.max_loss=0.001")
     assert served.ended(run)["state_type"] == "FAILED"
     child, message = served.child(run), served.run(run)["state"]["message"]
@@ -146,6 +182,13 @@ def test_failure_of_the_training_reaches_the_parent_in_its_own_words(served: Ser
     log = served.command("logs")
     assert "finetune runs: " in log
     assert message in log
+    assert until(lambda: any("Failed" in body and "training diverged" in body for body in heard)), heard
+
+
+def test_a_notification_block_that_is_not_there_is_named(served: Served) -> None:
+    done = served.try_command("deploy", "--notify", "slack-webhook/nobody")
+    assert done.returncode == 2
+    assert "deploy --notify: no such block on the server: got slack-webhook/nobody; expected" in " ".join(done.stderr.split())
 
 
 def test_a_wrong_override_is_refused_where_the_run_is_submitted(served: Served) -> None:
