@@ -34,7 +34,7 @@ def run(recipe_file: str) -> dict[str, list[str]]:
     model = base_model(recipe.model)
     source = locate_source(recipe.ingest.sources)
     products = step(ingest, source, resolve_kind(source, recipe.ingest), ())
-    split = step(sample, products, recipe.sample)
+    split = step(sample, products, recipe.sample, None)
     conversations = step(sharegpt, split, recipe.sharegpt)
     texts = step(template, conversations, model.tokenizer.special, recipe.template, None)
     step(tokenize, texts, model.tokenizer, recipe.tokenize)
