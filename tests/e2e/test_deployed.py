@@ -155,13 +155,18 @@ def heard(served: Served) -> Iterator[list[str]]:
 
 
 @pytest.mark.slow("a deployed run")
-def test_second_run_is_all_cached_without_a_child_and_a_webhook_hears_its_verdict(
-    served: Served, finished_run: str, settings: list[str], heard: list[str]
-) -> None:
+def test_second_run_is_all_cached_without_a_child(served: Served, finished_run: str, settings: list[str]) -> None:
     again = served.start(*settings)
     assert served.ended(again)["state_type"] == "COMPLETED"
     assert served.children(again) == []
     assert set(served.tasks(again).values()) == {"Cached"}
+
+
+@pytest.mark.slow("a deployed run")
+def test_a_webhook_hears_that_a_model_was_promoted(
+    served: Served, finished_run: str, settings: list[str], heard: list[str]
+) -> None:
+    served.ended(served.start(*settings))
     assert until(lambda: any("amazon-ft demo: promoted" in body for body in heard)), heard
 
 
