@@ -25,7 +25,7 @@ from tasks.evaluate import evaluate
 from tasks.evaluation.metrics import likelihood
 from tasks.evaluation.verdict import Candidate, Verdict, judge
 from tasks.refs import Adapter, Artifact, Baseline, HeldOut, InputError, Model, SavedModel
-from tests.support.tiny import make_tiny_model, publish_rows, tiny_reference, tiny_row
+from tests.support.tiny import EOS, make_tiny_model, publish_rows, tiny_reference, tiny_row
 from tests.support.train_tiny import train
 
 BASE = [3.0, 3.2, 2.9, 3.1, 3.0, 3.3]
@@ -242,7 +242,7 @@ def turns() -> Artifact:
 
 def template() -> Artifact:
     with publish("template") as draft:
-        (draft / "template.json").write_text("{}")
+        (draft / "template.json").write_text(json.dumps({"eos": EOS}))
     return draft.artifact
 
 
