@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tasks.evaluation.metrics import likelihood
 from tasks.refs import SavedModel
 from tests.e2e.served import until
 
-RECIPE = load_recipe("demo", ["promote.approve=true"])
+RECIPE = load_recipe("demo", ["promote.approve=true", "promote.approve_hours=0.05"])
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def waiting_run(
             until(lambda: runs and client.read_flow_run(runs[0]).state.is_paused())  # pyright: ignore[reportOptionalMemberAccess]
             answer(client, runs[0])
 
-    thread = threading.Thread(target=answered)
+    thread = threading.Thread(target=copy_context().run, args=(answered,))  # it asks the same server
     thread.start()
     verdict = flow(name="asks")(lambda: promote(saved, recipe))()
     thread.join()
