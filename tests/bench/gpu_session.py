@@ -43,6 +43,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from flows.bench.shapes import SHAPES
 from flows.running.gpus import visible_gpus
 from tasks.caching import files
 from tests.bench import gpu_devices, gpu_fast
@@ -52,21 +53,7 @@ from tests.bench.gpu_small import alone, small, versions
 from tests.bench.gpu_timing import steps, timing
 
 KEPT_SECONDS = 5
-LLAMA3_8B = {
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "rope_theta": 500_000.0,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 128_000,
-    "eos_token_id": 128_001,
-    "pad_token_id": 128_255,
-    "tie_word_embeddings": False,
-}
+LLAMA3_8B = SHAPES["llama-3-8b"].settings | {"pad_token_id": 128_255}
 TINY = {
     "vocab_size": 1024,
     "bos_token_id": 0,

@@ -7,7 +7,7 @@ from typing import Any
 
 ATTENTION_TOKENS = 5_000
 """A row of so many tokens costs as much in attention as in all else, and attention grows with the square of its length.
-Llama-3-8B in fp8 on an H100: 36 of 312 ms for 8,192 tokens whose rows' squares add up to 5.2 million (tests/bench/LOG.md)."""
+Llama-3-8B in fp8 on an H100: 36 of 312 ms for 8,192 tokens whose rows' squares add up to 5.4 million (tests/bench/LOG.md)."""
 
 
 class Idle(dict[str, Any]):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,27 +22,23 @@ from tasks.training.parallel.evening import Room, even_out
 
 RNG_STATE = "rng_state.pth"
 """Where a Trainer alone keeps its random state."""
-KEPT_STEPS = 2
-"""Steps whose packs' rows are kept dealt: that of the micro-batches at hand, and the next."""
 
 
 class Dealt(BatchSampler):
-    """The micro-batches of one process: numbers of rows, or where rows are packed, [(the step's packs, which micro-batch)]."""
+    """The micro-batches of one process, as `share` finds them in the rows of a step."""
 
     def __init__(
         self,
         order: Sampler[int],
-        costs: Sequence[float],
+        share: Callable[[list[int]], list[list[Any]]],
         *,
-        batch_size: int,
+        rows: int,
         step_rows: int,
-        rank: int,
+        batch_size: int,
         ranks: int,
-        packed: bool = False,
     ) -> None:
         super().__init__(order, batch_size, drop_last=False)
-        self._order, self._costs, self._step_rows, self._packed = order, costs, step_rows, packed
-        self._rank, self._ranks = rank, ranks
+        self._order, self._share, self._rows, self._step_rows, self._ranks = order, share, rows, step_rows, ranks
 
     def steps(self) -> Iterator[list[int]]:
         """The rows of each step, on all processes."""
@@ -51,11 +46,10 @@ class Dealt(BatchSampler):
 
     def __iter__(self) -> Iterator[list[Any]]:
         for rows in self.steps():
-            for number, share in enumerate(deal(rows, self._costs, self.batch_size, self._ranks)[self._rank]):
-                yield [(tuple(rows), number)] if self._packed and share else share
+            yield from self._share(rows)
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self._costs), self._step_rows)
+        full, rest = divmod(self._rows, self._step_rows)
         return full * self._micro_steps(self._step_rows) + self._micro_steps(rest)
 
     def _micro_steps(self, rows: int) -> int:
@@ -63,21 +57,23 @@ class Dealt(BatchSampler):
 
 
 class EvenedPacks(Dataset[dict[str, Any]]):
-    """A process's packs of each step, after rows have been exchanged between processes; a micro-batch of them as one."""
+    """Packs between which rows have changed places: a key is the numbers of a pack's rows, counted through all packs."""
 
-    def __init__(self, packs: Any, costs: Sequence[float], *, batch_size: int, rank: int, ranks: int) -> None:
+    def __init__(self, packs: Any) -> None:
         lengths = packs.data["seq_lengths"].combine_chunks()
-        self._packs, self._costs, self._batch_size, self._rank, self._ranks = packs, costs, batch_size, rank, ranks
+        self._packs = packs
         self._lengths = lengths.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
         self._starts = np.concatenate([[0], np.cumsum(lengths.value_lengths().to_numpy(zero_copy_only=False))])
         tokens = np.add.reduceat(self._lengths, self._starts[:-1])
         self._room = Room(int(tokens.max()), int(np.diff(self._starts).max()))
-        self.rows_of_step = lru_cache(KEPT_STEPS)(self._rows_of_step)
 
-    def __getitem__(self, key: tuple[tuple[int, ...], int]) -> dict[str, Any]:
-        step, number = key
-        first = number * self._batch_size
-        rows = np.concatenate(self.rows_of_step(step)[self._rank][first : first + self._batch_size])
+    def even_out(self, dealt: Sequence[Sequence[Sequence[int]]]) -> list[list[list[Any]]]:
+        """The keys for each process's micro-batches of packs, once all processes have as much to do."""
+        packs = [[np.arange(*self._starts[[pack, pack + 1]]) for micro in share for pack in micro] for share in dealt]
+        evened = [iter(share) for share in even_out(packs, self._lengths, self._room)]
+        return [[[next(keys) for _ in micro] for micro in share] for share, keys in zip(dealt, evened, strict=True)]
+
+    def __getitem__(self, rows: Any) -> dict[str, Any]:
         owners = np.searchsorted(self._starts, rows, "right") - 1
         whole = {owner: self._packs[int(owner)] for owner in np.unique(owners)}
         parts = [(whole[owner], self._span(owner, row)) for owner, row in zip(owners, rows, strict=True)]
@@ -89,12 +85,6 @@ class EvenedPacks(Dataset[dict[str, Any]]):
         first = int(self._lengths[self._starts[pack] : row].sum())
         return slice(first, first + int(self._lengths[row]))
 
-    def _rows_of_step(self, step: tuple[int, ...]) -> list[list[Any]]:
-        """For each process its packs, each the numbers of its rows."""
-        dealt = deal(step, self._costs, self._batch_size, self._ranks)
-        packs = [[np.arange(*self._starts[[pack, pack + 1]]) for micro in share for pack in micro] for share in dealt]
-        return even_out(packs, self._lengths, self._room)
-
 
 def deal_to_ranks(trainer: Any, rank: int, ranks: int) -> None:
     """Let a Trainer under torchrun take its share of each step of the training that it would be alone."""
@@ -102,15 +92,21 @@ def deal_to_ranks(trainer: Any, rank: int, ranks: int) -> None:
 
     args, costs = trainer.args, row_costs(trainer.train_dataset.data)
     batch_size, packed = args.per_device_train_batch_size, "seq_lengths" in trainer.train_dataset.column_names
-    step_rows, place = batch_size * args.gradient_accumulation_steps, {"batch_size": batch_size, "rank": rank, "ranks": ranks}
+    step_rows = batch_size * args.gradient_accumulation_steps
     collate = idle_where_empty(trainer.data_collator, packed=packed)
 
     def get_train_dataloader() -> Any:
         rows = trainer._remove_unused_columns(trainer.train_dataset, description="Training")
+        packs = EvenedPacks(rows) if packed else None
+
+        def share(step: list[int]) -> list[list[Any]]:
+            dealt = deal(step, costs, batch_size, ranks)
+            return (packs.even_out(dealt) if packs is not None else dealt)[rank]
+
         order = SeedableRandomSampler(rows, data_seed=args.data_seed)  # what accelerate makes of a Trainer's own
         made: Any = DataLoader(
-            EvenedPacks(rows, costs, **place) if packed else rows,
-            batch_sampler=Dealt(order, costs, step_rows=step_rows, packed=packed, **place),
+            packs or rows,
+            batch_sampler=Dealt(order, share, rows=len(rows), step_rows=step_rows, batch_size=batch_size, ranks=ranks),
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
