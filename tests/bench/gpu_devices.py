@@ -2,20 +2,25 @@
 
     python -m tests.bench.gpu_devices MODEL_DIR DATA_DIR DEVICE SIDE DEVICES STEP_PACKS STEPS WORK
 
-That is one training in a process of its own; it prints a line `RESULT {...}`. DATA_DIR holds packs.arrow. SIDE is how `fast`
-holds the base matrices, as "fp8" or "fp8 shared", or `hf`, which trains the rows of the packs unpacked.
+That is one training in a process of its own; it prints a line `RESULT {...}`. It goes on from a checkpoint in WORK, and leaves
+one at half of its steps. DATA_DIR holds packs.arrow. SIDE is how `fast` holds the base matrices, as "fp8" or "fp8 shared", or
+`hf`, which trains the rows of the packs unpacked.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tasks.training.watch import LOG
 
 if TYPE_CHECKING:
     from tests.bench.gpu_session import Session
@@ -24,6 +29,9 @@ SIDES = ("fp8", "plain", "hf")
 STEPS, WARM = 50, 15
 """Of a training, and how many of them are not timed: they compile."""
 LOGGING_STEPS = 5
+RESUMED_STEPS = 20
+RESUMED = {"two": "0,1", "one": "2", "again": "3"}
+"""Which GPUs each training gets that goes on where that on all was at its half."""
 HF_ROWS = 4
 """Rows of a step of `hf` for each pack of one of `fast`."""
 
@@ -48,6 +56,34 @@ def devices(session: Session, found: dict[str, Any], sides: tuple[str, ...] = SI
         }
 
 
+def resumed(session: Session, found: dict[str, Any]) -> None:
+    """A training on all GPUs; from its half on, again on two, on one, and on another one, all three at once."""
+    from tests.bench.gpu_fast import called
+
+    def train(name: str, count: int, visible: str | None = None) -> dict[str, Any]:
+        sizes = map(str, (count, session.devices, 2 * half, works / name))
+        words = (
+            str(session.llama),
+            str(session.home / "speed" / "turns-3"),
+            session.device,
+            "plain" if session.rehearse else "fp8",
+        )
+        told = called(session, f"resumed-{name}", "tests.bench.gpu_devices", *words, *sizes, visible=visible)
+        return json.loads(told.splitlines()[-1].removeprefix("RESULT "))
+
+    works, half = session.work / "resumed", session.steps(RESUMED_STEPS) // 2
+    found["all"] = train("all", session.devices)
+    for name in RESUMED:
+        shutil.copytree(works / "all" / f"checkpoint-{half}", works / name / f"checkpoint-{half}")
+        shutil.copy(works / "all" / LOG, works / name / LOG)
+    with ThreadPoolExecutor() as pool:
+        parts = pool.map(train, RESUMED, (visible.count(",") + 1 for visible in RESUMED.values()), RESUMED.values())
+        found |= dict(zip(RESUMED, parts, strict=True))
+    found["apart"] = {name: apart(found["all"], found[name]) for name in RESUMED} | {
+        "one, again": apart(found["one"], found["again"])
+    }
+
+
 def apart(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """The largest differences of two trainings' steps, and whether they were made of as many tokens."""
     return {name: max(abs(a - b) for a, b in zip(one[name], other[name], strict=True)) for name in ("losses", "grad_norms")} | {
@@ -67,13 +103,14 @@ def train_on_some(
     from tasks.reading.model_files import directory_model
     from tasks.training import hardware, model_shape
     from tasks.training.backend import Job
+    from tasks.training.checkpoints import newest_intact
     from tasks.training.fast import memory_plan
     from tasks.training.fast.backend import max_lengths
-    from tasks.training.watch import LOG, read_log
+    from tasks.training.watch import read_log
 
     work.mkdir(parents=True, exist_ok=True)
-    packed, logged = side != "hf", min(LOGGING_STEPS, steps)
-    changes: dict[str, Any] = {"max_steps": steps, "logging_steps": logged, "save_steps": logged * steps, "warmup_steps": 2}
+    packed, logged = side != "hf", min(LOGGING_STEPS, steps // 2)
+    changes: dict[str, Any] = {"max_steps": steps, "logging_steps": logged, "save_steps": steps // 2, "warmup_steps": 2}
     changes |= {"devices": count, "gradient_accumulation": step_packs}
     held, _, shared = side.partition(" ")
     if packed:
@@ -88,7 +125,7 @@ def train_on_some(
         shape = model_shape.read_shape(model)
         assert shape is not None
         resolved = memory_plan.choose(config, resolved, shape, longest, hardware.free_gib(device), devices=count)
-    job = Job(directory_model(model, name=model.name), rows, packed, config, longest, resolved, work)
+    job = Job(directory_model(model, name=model.name), rows, packed, config, longest, resolved, work, resume=newest_intact(work))
     peak = train_job(job)
     records = read_log(work / LOG)
     warm = min(WARM, steps - logged)
@@ -125,6 +162,7 @@ def unpack(packs: Path, target: Path) -> Path:
 
 PHASES: dict[str, Callable[[Session, dict[str, Any]], None]] = {
     "devices": devices,
+    "resumed": resumed,
     **{f"devices-{side}": partial(devices, sides=(side,)) for side in SIDES},
 }
 

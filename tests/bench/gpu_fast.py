@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from flows.running.gpus import VISIBLE
 from tests.bench.gpu_small import make_model
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ def worker(session: Session, name: str, kind: str, *arguments: str) -> dict[str,
     return json.loads(told.splitlines()[-1].removeprefix("RESULT "))
 
 
-def called(session: Session, name: str, module: str, *arguments: str) -> str:
-    """What a program prints.
+def called(session: Session, name: str, module: str, *arguments: str, visible: str | None = None) -> str:
+    """What a program prints that sees all GPUs or those.
 
     Raises:
         RuntimeError: with the end of its log, when it fails.
@@ -74,7 +75,7 @@ def called(session: Session, name: str, module: str, *arguments: str) -> str:
     with log.open("w") as errors:
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments],
-            env=session.environment(name),
+            env=session.environment(name) | ({VISIBLE: visible} if visible else {}),
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

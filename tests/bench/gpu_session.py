@@ -18,6 +18,7 @@ written all the while, so that a killed session keeps what it has measured.
     versions   the same losses by each Unsloth in CARRIED/unsloth-VERSION (pip install --target)
     speed, profile, attention, correct, capped       the fast backend: tests/bench/gpu_fast.py
     devices, devices-fp8, devices-plain, devices-hf  one training on N GPUs, else all: tests/bench/gpu_devices.py
+    resumed    a training on all GPUs, from its half on again on two and on one: tests/bench/gpu_devices.py
     tests      pytest -m gpu
 
 --rehearse does all of it on a CPU with a tiny model: it shows that the script runs, and measures nothing.
