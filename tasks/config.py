@@ -332,8 +332,8 @@ class FinetuneConfig(Section):
     keep_checkpoints: int = aside(2, ge=1)
     max_loss: float = Field(default=50.0, gt=0)
     """A logged loss above this, or NaN, stops the training as diverged."""
-    num_workers: int = aside(0, ge=0)
-    """Data loader processes."""
+    num_workers: int | None = aside(None, ge=0)
+    """Data loader processes; by default one for backend fast on a GPU, else none."""
     devices: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = aside(1)
     """GPUs (on a CPU: processes) that share the rows of each step; `auto`: all GPUs that the run may use, as far as a step has
     rows for them. It changes the time, not the result."""

@@ -129,7 +129,7 @@ def sft_arguments(job: Job) -> dict[str, Any]:
         "save_strategy": "steps",
         "save_steps": config.save_steps,
         "dataset_kwargs": {"skip_prepare_dataset": True},
-        "dataloader_num_workers": config.num_workers,
+        "dataloader_num_workers": config.num_workers or 0,
         "dataloader_pin_memory": resolved.device == "cuda",
         "report_to": "none",
         "disable_tqdm": True,

@@ -110,7 +110,12 @@ def train_on_some(
 
     work.mkdir(parents=True, exist_ok=True)
     packed, logged = side != "hf", min(LOGGING_STEPS, steps // 2)
-    changes: dict[str, Any] = {"max_steps": steps, "logging_steps": logged, "save_steps": steps // 2, "warmup_steps": 2}
+    changes: dict[str, Any] = {
+        "max_steps": steps,
+        "logging_steps": logged,
+        "save_steps": steps // 2 // logged * logged,
+        "warmup_steps": 2,
+    }
     changes |= {"devices": count, "gradient_accumulation": step_packs}
     held, _, shared = side.partition(" ")
     if packed:

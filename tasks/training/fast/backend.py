@@ -9,10 +9,7 @@ What is our own here, because no library does it as fast or at all, and by how m
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,20 +47,12 @@ def make_packed_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
     """A transformers.Trainer of the wrapped model, whose loss is that of tasks/training/fast/packed.py."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
-    rows, ahead = read_rows(job), Ahead()
+    rows = read_rows(job)
     known = {name: value for name, value in sft_arguments(job).items() if name not in ONLY_TRL}
-    arguments = on_one_gpu(TrainingArguments(**(known | fast_arguments(job.resolved.device))))  # they join the other processes
+    arguments = on_one_gpu(TrainingArguments(**(known | fast_arguments(job))))  # they join the other processes
     packed = packed_llama(job, wrapped)
 
     class PackedTrainer(Trainer):
-        def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
-            return super().get_batch_samples(ahead.of(epoch_iterator), *args, **kwargs)
-
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            loss = super().training_step(*args, **kwargs)
-            ahead.fetch()
-            return loss
-
         def compute_loss(self, model: Any, inputs: Any, *_: Any, num_items_in_batch: Any = None, **__: Any) -> Any:
             return model(inputs, num_items_in_batch) * self.accelerator.num_processes  # of which gradients.py takes the mean
 
@@ -80,46 +69,19 @@ def make_packed_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
     return trainer
 
 
-def fast_arguments(device: str) -> dict[str, Any]:
+def fast_arguments(job: Job) -> dict[str, Any]:
     """TrainingArguments of this backend: no autocast, for packed.py casts where it must, and no waiting for each loss.
 
-    Nor for a batch to be copied to the GPU: that would be waiting until all steps before are done, and only then laying out
-    the next pack, while the GPU has nothing to do.
+    Nor for a batch: another process lays it out, which takes 7 to 33 ms of a step of 320 (tests/bench/LOG.md), and it is copied
+    to the GPU while that is still busy with the steps before.
     """
     names = ("bf16", "fp16", "remove_unused_columns", "gradient_checkpointing", "logging_nan_inf_filter")
-    copying = {"accelerator_config": {"non_blocking": True}} if device == "cuda" else {}
-    return dict.fromkeys(names, False) | copying
-
-
-class Ahead:
-    """A loader's batches, each laid out while the GPU is still busy with the backward pass before it.
-
-    A Trainer asks for them at the beginning of a step, when a GPU has nothing left to do but the optimizer's last kernels.
-    """
-
-    def __init__(self) -> None:
-        self._source: Iterator[Any] = iter(())
-        self._waiting: deque[Any] = deque()
-
-    def of(self, source: Iterator[Any]) -> Ahead:
-        """These batches, one after the other; those of another source are forgotten."""
-        if source is not self._source:
-            self._source, self._waiting = source, deque()
-        return self
-
-    def fetch(self) -> None:
-        """Let the source lay out a further batch, if it has one."""
-        self._waiting.extend(islice(self._source, 1))
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        if not self._waiting:
-            self.fetch()
-        if not self._waiting:
-            raise StopIteration
-        return self._waiting.popleft()
+    arguments: dict[str, Any] = dict.fromkeys(names, False)
+    if job.resolved.device == "cuda":
+        arguments["accelerator_config"] = {"non_blocking": True}
+        if job.config.num_workers is None:
+            arguments["dataloader_num_workers"] = 1
+    return arguments
 
 
 @dataclass(frozen=True)

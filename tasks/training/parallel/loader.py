@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,21 +25,21 @@ RNG_STATE = "rng_state.pth"
 """Where a Trainer alone keeps its random state."""
 
 
-class Dealt(BatchSampler):
-    """The micro-batches of one process, as `share` finds them in the rows of a step."""
+class MicroBatch(NamedTuple):
+    """Rows that a process computes at once."""
 
-    def __init__(
-        self,
-        order: Sampler[int],
-        share: Callable[[list[int]], list[list[Any]]],
-        *,
-        rows: int,
-        step_rows: int,
-        batch_size: int,
-        ranks: int,
-    ) -> None:
+    step_rows: tuple[int, ...]
+    """The rows of its step, on all processes."""
+    number: int
+    """Which of the process's micro-batches of that step it is."""
+
+
+class Dealt(BatchSampler):
+    """The micro-batches of one process, one at a time; which rows of its step each holds, Shares finds out."""
+
+    def __init__(self, order: Sampler[int], *, rows: int, step_rows: int, batch_size: int, ranks: int) -> None:
         super().__init__(order, batch_size, drop_last=False)
-        self._order, self._share, self._rows, self._step_rows, self._ranks = order, share, rows, step_rows, ranks
+        self._order, self._rows, self._step_rows, self._ranks = order, rows, step_rows, ranks
 
     def steps(self) -> Iterator[list[int]]:
         """The rows of each step, on all processes."""
@@ -46,7 +47,8 @@ class Dealt(BatchSampler):
 
     def __iter__(self) -> Iterator[list[Any]]:
         for rows in self.steps():
-            yield from self._share(rows)
+            for number in range(self._micro_steps(len(rows))):
+                yield [MicroBatch(tuple(rows), number)]
 
     def __len__(self) -> int:
         full, rest = divmod(self._rows, self._step_rows)
@@ -54,6 +56,26 @@ class Dealt(BatchSampler):
 
     def _micro_steps(self, rows: int) -> int:
         return micro_steps(rows, self.batch_size, self._ranks)
+
+
+class Shares(Dataset[list[Any]]):
+    """The rows, or packs, of a process's micro-batches."""
+
+    def __init__(self, rows: Any, *, packed: bool, batch_size: int, rank: int, ranks: int) -> None:
+        self._rows = EvenedPacks(rows) if packed else rows
+        self._costs, self._batch_size, self._rank, self._ranks = row_costs(rows.data), batch_size, rank, ranks
+        self._dealt: tuple[tuple[int, ...], list[list[Any]]] = ((), [])
+
+    def __getitem__(self, micro_batch: MicroBatch) -> list[Any]:
+        """Its rows; none where a step has none left for this process."""
+        step_rows, number = micro_batch
+        if step_rows != self._dealt[0]:
+            self._dealt = (step_rows, self._share(step_rows))
+        return [self._rows[key] for key in self._dealt[1][number]]
+
+    def _share(self, step_rows: Sequence[int]) -> list[list[Any]]:
+        dealt = deal(step_rows, self._costs, self._batch_size, self._ranks)
+        return (self._rows.even_out(dealt) if isinstance(self._rows, EvenedPacks) else dealt)[self._rank]
 
 
 class EvenedPacks(Dataset[dict[str, Any]]):
@@ -90,23 +112,17 @@ def deal_to_ranks(trainer: Any, rank: int, ranks: int) -> None:
     """Let a Trainer under torchrun take its share of each step of the training that it would be alone."""
     from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 
-    args, costs = trainer.args, row_costs(trainer.train_dataset.data)
-    batch_size, packed = args.per_device_train_batch_size, "seq_lengths" in trainer.train_dataset.column_names
+    args, packed = trainer.args, "seq_lengths" in trainer.train_dataset.column_names
+    batch_size = args.per_device_train_batch_size
     step_rows = batch_size * args.gradient_accumulation_steps
-    collate = idle_where_empty(trainer.data_collator, packed=packed)
+    collate = CollateShare(trainer.data_collator, packed)
 
     def get_train_dataloader() -> Any:
         rows = trainer._remove_unused_columns(trainer.train_dataset, description="Training")
-        packs = EvenedPacks(rows) if packed else None
-
-        def share(step: list[int]) -> list[list[Any]]:
-            dealt = deal(step, costs, batch_size, ranks)
-            return (packs.even_out(dealt) if packs is not None else dealt)[rank]
-
         order = SeedableRandomSampler(rows, data_seed=args.data_seed)  # what accelerate makes of a Trainer's own
         made: Any = DataLoader(
-            packs or rows,
-            batch_sampler=Dealt(order, share, rows=len(rows), step_rows=step_rows, batch_size=batch_size, ranks=ranks),
+            Shares(rows, packed=packed, batch_size=batch_size, rank=rank, ranks=ranks),
+            batch_sampler=Dealt(order, rows=len(rows), step_rows=step_rows, batch_size=batch_size, ranks=ranks),
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
@@ -135,16 +151,20 @@ def rows_of_dealt_step(trainer: Any, step: int) -> list[int]:
     return next(islice(loader.batch_sampler.steps(), update, None))
 
 
-def idle_where_empty(collate: Callable[[Sequence[Any]], dict[str, Any]], *, packed: bool) -> Callable[[Sequence[Any]], Any]:
-    """The collator, and a batch of two tokens without a label where there are no rows."""
-    blank: dict[str, list[int]] = {"input_ids": [0, 0], "labels": [-100, -100]}
-    if packed:
-        blank["seq_lengths"] = [2]
+@dataclass(frozen=True)
+class CollateShare:
+    """A collator, and a batch of two tokens without a label where there are no rows."""
 
-    def collate_or_idle(rows: Sequence[Any]) -> dict[str, Any]:
-        return collate(rows) if rows else Idle(collate([blank]))
+    collate: Callable[[Sequence[Any]], dict[str, Any]]
+    packed: bool
 
-    return collate_or_idle
+    def __call__(self, shares: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """The batch of a single share."""
+        [rows] = shares
+        if rows:
+            return self.collate(rows)
+        blank = {"input_ids": [0, 0], "labels": [-100, -100]} | ({"seq_lengths": [2]} if self.packed else {})
+        return Idle(self.collate([blank]))
 
 
 def _keep_one_random_state(trainer: Any, rank: int) -> None:
