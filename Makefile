@@ -15,7 +15,7 @@ CPU_TORCH = $(shell command -v nvidia-smi >/dev/null 2>&1 || \
 # Unsloth's own dependency lists pull CUDA packages; on a CPU these alone are enough to run its backend.
 UNSLOTH := unsloth==2026.10.9 unsloth_zoo==2026.10.9 cut_cross_entropy==25.1.1
 
-.PHONY: install install-dev install-unsloth run quick test cover containers check lock format clean
+.PHONY: install install-dev install-unsloth run quick test cover containers cluster check lock format clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "Python %d.%d: expected 3.11 to 3.13; set PYTHON=python3.12" % v)'
@@ -57,6 +57,11 @@ test: check
 BUILD ?=
 containers: install-dev
 	AMAZON_FT_CONTAINERS=1 AMAZON_FT_BUILD_OPTIONS='$(BUILD)' $(BIN)/pytest -m containers tests/e2e/test_containers.py
+
+# On the cluster that kubectl reaches; CLUSTER is a kustomization of deployments/kubernetes with what that cluster needs.
+CLUSTER ?= deployments/kubernetes
+cluster: install-dev
+	AMAZON_FT_CLUSTER=$(CLUSTER) $(BIN)/pytest -m containers tests/e2e/test_cluster.py
 
 cover: install-dev
 	$(PYTEST) --cov --cov-report=term
