@@ -25,6 +25,7 @@ from flows.recipes import shipped_names
 from flows.running import pools, supervisor
 from flows.running.child import RESTARTS
 from flows.server import deploy
+from tasks.caching.identity import source_digest
 from tasks.refs import ConfigError
 from tests.support.checkout import PROJECT
 
@@ -65,6 +66,15 @@ def test_read_recipes_gives_what_the_files_say_and_a_valid_recipe() -> None:
     assert sorted(recipes) == shipped_names()
     assert "weight_decay" not in recipes["demo"]["finetune"]
     assert all(Recipe.model_validate(recipe).name == name for name, recipe in recipes.items())
+
+
+def test_version_tells_the_release_and_the_code_and_may_be_an_images_tag() -> None:
+    release = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
+    told = deploy.read_version()["version"]
+    assert told == f"{release}-{source_digest('flows.amazon_ft')[:12]}"
+    assert re.fullmatch(r"[\w.-]{1,128}", told)
+    deployments = yaml.safe_load(deploy.PREFECT_FILE.read_text())["deployments"]
+    assert {item["version"] for item in deployments} == {"{{ code.version }}"}
 
 
 def test_data_directory_is_the_given_one_or_where_the_worker_started(monkeypatch: pytest.MonkeyPatch) -> None:

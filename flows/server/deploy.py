@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from flows.recipes import SHIPPED, load_recipe, shipped_names
 from flows.running.pools import CPU_POOL, CUDA_POOL
 from flows.running.quiet import hide_bars
 from tasks.caching.files import text_digest
+from tasks.caching.identity import source_digest
 from tasks.refs import ConfigError, PipelineError
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 DEPLOYMENTS = SHIPPED.parent
 PREFECT_FILE = DEPLOYMENTS / "prefect.yaml"
+VERSION_DIGITS = 12
 SEAL = "$comment"
 """Where the variables of a job template, a JSON Schema, hold the digest of what we wrote; who reads the schema passes it over."""
 
@@ -42,6 +45,15 @@ SEAL = "$comment"
 def read_recipes() -> dict[str, Any]:
     """Build step: {name: what the shipped recipe says}, defaults left out so that a form shows what was chosen."""
     return {name: load_recipe(name).model_dump(mode="json", exclude_unset=True) for name in shipped_names()}
+
+
+def read_version() -> dict[str, str]:
+    """Build step: {"version": which code this is}, such as 0.2.0-3fa9c1d2e4b7; an image may have it for its tag.
+
+    It is the package's version, and a digest of the source of all modules that the flow imports: a commit would be another one
+    for another README, and the same one for an edit that is not committed.
+    """
+    return {"version": f"{version('amazon-ft')}-{source_digest('flows.amazon_ft')[:VERSION_DIGITS]}"}
 
 
 def enter_data_directory() -> dict[str, str]:

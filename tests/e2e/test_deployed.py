@@ -21,6 +21,7 @@ import pytest
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from flows.server.deploy import read_version
 from tests.e2e.served import PREPARED, SHORT, Served, until
 
 
@@ -67,6 +68,7 @@ def test_every_deployment_is_registered_with_an_inactive_weekly_schedule(served:
         assert [schedule["active"] for schedule in deployment["schedules"]] == [False]
         assert deployment["enforce_parameter_schema"]
         assert "Recipe" in deployment["parameter_openapi_schema"]["definitions"]
+        assert deployment["version"] == read_version()["version"]
     assert served.deployment("amazon-ft-train/cuda")["work_pool_name"] == "cuda"
     assert served.get("work_pools/cuda")["concurrency_limit"] == 1
     assert served.post("automations/filter")[0]["enabled"]
