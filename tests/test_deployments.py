@@ -24,7 +24,7 @@ from flows.choices import PoolType
 from flows.recipes import shipped_names
 from flows.running import pools, supervisor
 from flows.running.child import RESTARTS
-from flows.server import deploy
+from flows.server import deploy, registration
 from tasks.caching.identity import source_digest
 from tasks.refs import ConfigError
 from tests.support.checkout import PROJECT
@@ -51,7 +51,7 @@ def prepared(worker: Any, name: str, **values: Any) -> Any:
 
 
 def test_prefect_yaml_names_every_shipped_recipe_and_the_training() -> None:
-    settings = yaml.safe_load(deploy.PREFECT_FILE.read_text())
+    settings = yaml.safe_load(registration.PREFECT_FILE.read_text())
     names = {item["name"]: item for item in settings["deployments"]}
     assert sorted(names) == sorted([*shipped_names(), "cuda"])
     assert all(names[name]["parameters"]["config"] == f"{{{{ recipes.{name} }}}}" for name in shipped_names())
@@ -73,7 +73,7 @@ def test_version_tells_the_release_and_the_code_and_may_be_an_images_tag() -> No
     told = deploy.read_version()["version"]
     assert told == f"{release}-{source_digest('flows.amazon_ft')[:12]}"
     assert re.fullmatch(r"[\w.-]{1,128}", told)
-    deployments = yaml.safe_load(deploy.PREFECT_FILE.read_text())["deployments"]
+    deployments = yaml.safe_load(registration.PREFECT_FILE.read_text())["deployments"]
     assert {item["version"] for item in deployments} == {"{{ code.version }}"}
 
 
@@ -170,7 +170,7 @@ def test_schedules_that_are_on_stay_on_when_deployments_are_registered_anew(pref
         for each in client.read_deployment(deployment).schedules:
             client.delete_deployment_schedule(deployment, each.id)
         client.create_deployment_schedules(deployment, [(weekly, False)])  # what the file says
-        deploy._switch_on(before)
+        registration._switch_on(before)
         now = {each.schedule.cron: each.active for each in client.read_deployment(deployment).schedules}
         client.delete_deployment(deployment)
     assert now == {weekly.cron: True, daily.cron: True}
