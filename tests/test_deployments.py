@@ -6,6 +6,7 @@ No Docker daemon, cluster or GPU is needed: job templates go through the worker 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import re
 import shutil
@@ -28,6 +29,7 @@ from flows.server import deploy, registration
 from tasks.caching.identity import source_digest
 from tasks.refs import ConfigError
 from tests.support.checkout import PROJECT
+from tests.support.prefect_file import BUILD, PUSH, step, with_images
 
 POOLS = sorted((PROJECT / "deployments" / "pools").glob("*.json"))
 HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
@@ -75,6 +77,31 @@ def test_version_tells_the_release_and_the_code_and_may_be_an_images_tag() -> No
     assert re.fullmatch(r"[\w.-]{1,128}", told)
     deployments = yaml.safe_load(registration.PREFECT_FILE.read_text())["deployments"]
     assert {item["version"] for item in deployments} == {"{{ code.version }}"}
+
+
+def test_steps_for_images_are_prefects_own_and_every_deployment_runs_the_image_of_its_pool() -> None:
+    pytest.importorskip("prefect_docker", exc_type=ImportError)
+    from prefect.cli.deploy._models import PrefectYamlModel
+    from prefect.utilities.importtools import import_object
+
+    settings = with_images()
+    PrefectYamlModel.model_validate(settings)
+    for deployment in settings["deployments"]:
+        pool = deployment["work_pool"]
+        for name in (BUILD, PUSH):
+            inspect.signature(import_object(name)).bind(
+                **{key: value for key, value in step(deployment, name).items() if key != "id"}
+            )
+        built = step(deployment, BUILD)
+        assert (built["dockerfile"], built["tag"]) == (
+            f"docker/Dockerfile.{pool['name']}",
+            f"{pool['name']}-{{{{ code.version }}}}",
+        )
+        assert pool["job_variables"] == {"image": f"{{{{ {built['id']}.image }}}}"}
+        assert built["id"] != "image", "a step's outputs, `image` among them, hide the ids of the steps"
+        assert all("image" in template(f"{kind}-{pool['name']}")["variables"]["properties"] for kind in ("docker", "kubernetes"))
+        needed = settings["build"] if "parameters" in deployment else settings["build"][1:]
+        assert deployment["build"][:-1] == needed, "the recipe and the version, as without an image"
 
 
 def test_data_directory_is_the_given_one_or_where_the_worker_started(monkeypatch: pytest.MonkeyPatch) -> None:
