@@ -30,6 +30,13 @@ class PoolType(StrEnum):
     KUBERNETES = "kubernetes"
 
 
+class CollisionStrategy(StrEnum):
+    """A run beyond its deployment's concurrency limit waits, or is cancelled; in Prefect's words."""
+
+    ENQUEUE = "ENQUEUE"
+    CANCEL_NEW = "CANCEL_NEW"
+
+
 class Format(StrEnum):
     """The form that a model is written in."""
 

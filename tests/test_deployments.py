@@ -6,6 +6,7 @@ No Docker daemon, cluster or GPU is needed: job templates go through the worker 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import re
 import shutil
@@ -24,9 +25,11 @@ from flows.choices import PoolType
 from flows.recipes import shipped_names
 from flows.running import pools, supervisor
 from flows.running.child import RESTARTS
-from flows.server import deploy
+from flows.server import deploy, registration
+from tasks.caching.identity import source_digest
 from tasks.refs import ConfigError
 from tests.support.checkout import PROJECT
+from tests.support.prefect_file import BUILD, PUSH, step, with_images
 
 POOLS = sorted((PROJECT / "deployments" / "pools").glob("*.json"))
 HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
@@ -50,7 +53,7 @@ def prepared(worker: Any, name: str, **values: Any) -> Any:
 
 
 def test_prefect_yaml_names_every_shipped_recipe_and_the_training() -> None:
-    settings = yaml.safe_load(deploy.PREFECT_FILE.read_text())
+    settings = yaml.safe_load(registration.PREFECT_FILE.read_text())
     names = {item["name"]: item for item in settings["deployments"]}
     assert sorted(names) == sorted([*shipped_names(), "cuda"])
     assert all(names[name]["parameters"]["config"] == f"{{{{ recipes.{name} }}}}" for name in shipped_names())
@@ -65,6 +68,40 @@ def test_read_recipes_gives_what_the_files_say_and_a_valid_recipe() -> None:
     assert sorted(recipes) == shipped_names()
     assert "weight_decay" not in recipes["demo"]["finetune"]
     assert all(Recipe.model_validate(recipe).name == name for name, recipe in recipes.items())
+
+
+def test_version_tells_the_release_and_the_code_and_may_be_an_images_tag() -> None:
+    release = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
+    told = deploy.read_version()["version"]
+    assert told == f"{release}-{source_digest('flows.amazon_ft')[:12]}"
+    assert re.fullmatch(r"[\w.-]{1,128}", told)
+    deployments = yaml.safe_load(registration.PREFECT_FILE.read_text())["deployments"]
+    assert {item["version"] for item in deployments} == {"{{ code.version }}"}
+
+
+def test_steps_for_images_are_prefects_own_and_every_deployment_runs_the_image_of_its_pool() -> None:
+    pytest.importorskip("prefect_docker", exc_type=ImportError)
+    from prefect.cli.deploy._models import PrefectYamlModel
+    from prefect.utilities.importtools import import_object
+
+    settings = with_images()
+    PrefectYamlModel.model_validate(settings)
+    for deployment in settings["deployments"]:
+        pool = deployment["work_pool"]
+        for name in (BUILD, PUSH):
+            inspect.signature(import_object(name)).bind(
+                **{key: value for key, value in step(deployment, name).items() if key != "id"}
+            )
+        built = step(deployment, BUILD)
+        assert (built["dockerfile"], built["tag"]) == (
+            f"docker/Dockerfile.{pool['name']}",
+            f"{pool['name']}-{{{{ code.version }}}}",
+        )
+        assert pool["job_variables"] == {"image": f"{{{{ {built['id']}.image }}}}"}
+        assert built["id"] != "image", "a step's outputs, `image` among them, hide the ids of the steps"
+        assert all("image" in template(f"{kind}-{pool['name']}")["variables"]["properties"] for kind in ("docker", "kubernetes"))
+        needed = settings["build"] if "parameters" in deployment else settings["build"][1:]
+        assert deployment["build"][:-1] == needed, "the recipe and the version, as without an image"
 
 
 def test_data_directory_is_the_given_one_or_where_the_worker_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +197,7 @@ def test_schedules_that_are_on_stay_on_when_deployments_are_registered_anew(pref
         for each in client.read_deployment(deployment).schedules:
             client.delete_deployment_schedule(deployment, each.id)
         client.create_deployment_schedules(deployment, [(weekly, False)])  # what the file says
-        deploy._switch_on(before)
+        registration._switch_on(before)
         now = {each.schedule.cron: each.active for each in client.read_deployment(deployment).schedules}
         client.delete_deployment(deployment)
     assert now == {weekly.cron: True, daily.cron: True}

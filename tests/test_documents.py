@@ -26,6 +26,7 @@ FILE = re.compile(
 MODULE = re.compile(r"python -m (tests\.[\w.]+)")
 PLACEHOLDER = "NAME"
 GUIDES = (
+    "deployments/README.md",
     "tasks/training/README.md",
     "deployments/recipes/README.md",
     "deployments/kubernetes/README.md",

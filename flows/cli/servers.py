@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.choices import PoolType
+from flows.choices import CollisionStrategy, PoolType
 from flows.cli.options import FAILED, AsJson, Overrides, RecipeName, SafeConsole, echo, remark
 
 app = typer.Typer()
@@ -55,16 +55,32 @@ def deploy(
     overwrite: Annotated[
         bool, typer.Option("--overwrite-templates", help="Put our job templates in the place of edited ones.")
     ] = False,
+    concurrency_limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=N", help="How many runs of a deployment go on at a time, as demo=1; demo=none for any number."
+        ),
+    ] = None,
+    collision_strategy: Annotated[
+        CollisionStrategy | None, typer.Option(help="Whether runs beyond --concurrency-limit wait (ENQUEUE) or are cancelled.")
+    ] = None,
+    queue: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=QUEUE", help="The work queue of a deployment's runs and of their trainings, as demo=urgent."),
+    ] = None,
     notify: Annotated[
         list[str] | None, typer.Option(metavar="TYPE/NAME", help="A notification block that hears of models and failed runs.")
     ] = None,
 ) -> None:
     """Register work pools, deployments and the crash automation with the server at PREFECT_API_URL."""
     from flows.server import notify as notifications
-    from flows.server.deploy import server_url, set_up
+    from flows.server import registration
+    from flows.server.deploy import server_url, set_up_pools
 
     url = server_url()
-    set_up(pools, gpus, overwrite=overwrite, say=remark)
+    choices = registration.read_choices(concurrency_limit or (), collision_strategy, queue or ())
+    set_up_pools(pools, gpus, overwrite=overwrite, say=remark)
+    registration.register(choices, say=remark)
     for block in notify or ():
         notifications.notify(block, remark)
     remark(f"registered at {url}: work pools cpu and cuda, every deployment of deployments/prefect.yaml")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from flows.running.pools import TRAINING, online_workers
+from flows.running.pools import DEFAULT_QUEUE, TRAINING, online_workers
 from tasks.caching.context import context, tell
 from tasks.caching.events import Noticed, TrainingLeft
 from tasks.config import Recipe
@@ -84,10 +84,21 @@ def restarts() -> int:
 def _start(parameters: dict[str, Any], title: str, tags: list[str]) -> FlowRun:
     from prefect.deployments import run_deployment
 
-    run: FlowRun = run_deployment(TRAINING, parameters=parameters, timeout=0, flow_run_name=title, tags=tags)  # pyright: ignore[reportAssignmentType]  # synchronous here
+    run: FlowRun = run_deployment(  # pyright: ignore[reportAssignmentType]  # synchronous here
+        TRAINING, parameters=parameters, timeout=0, flow_run_name=title, tags=tags, work_queue_name=_queue_of_parent()
+    )
     logger.info("finetune, baseline and evaluate run as amazon-ft-train '%s'.", run.name)
     tell(TrainingLeft(run.name))
     return run
+
+
+def _queue_of_parent() -> str | None:
+    """The work queue that the parent came from: that of the same name lets its training pass others too."""
+    from prefect.context import FlowRunContext
+
+    parent = FlowRunContext.get()
+    name = parent.flow_run.work_queue_name if parent and parent.flow_run else None
+    return None if name == DEFAULT_QUEUE else name
 
 
 def _wait_or_cancel(run: UUID) -> State[Any]:

@@ -1,10 +1,12 @@
-"""The two work pools, and who serves them."""
+"""The two work pools, their queues, and who serves them."""
 
 from __future__ import annotations
 
 TRAINING = "amazon-ft-train/cuda"
 """The deployment of the child flow."""
 CPU_POOL, CUDA_POOL = "cpu", "cuda"
+DEFAULT_QUEUE, URGENT = "default", "urgent"
+"""Work queues of both pools: Prefect's own, and the one that goes before it."""
 
 
 def online_workers(pool: str) -> list[str]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,23 +17,21 @@ import yaml
 
 from flows.choices import PoolType
 from flows.recipes import SHIPPED, load_recipe, shipped_names
-from flows.running.pools import CPU_POOL, CUDA_POOL
+from flows.running.pools import CPU_POOL, CUDA_POOL, URGENT
 from flows.running.quiet import hide_bars
 from tasks.caching.files import text_digest
-from tasks.refs import ConfigError, PipelineError
+from tasks.caching.identity import source_digest
+from tasks.refs import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from uuid import UUID
 
     from prefect.client.orchestration import SyncPrefectClient
-    from prefect.client.schemas.objects import DeploymentSchedule
-    from prefect.client.schemas.responses import DeploymentResponse
 
 logger = logging.getLogger(__name__)
 
 DEPLOYMENTS = SHIPPED.parent
-PREFECT_FILE = DEPLOYMENTS / "prefect.yaml"
+VERSION_DIGITS = 12
 SEAL = "$comment"
 """Where the variables of a job template, a JSON Schema, hold the digest of what we wrote; who reads the schema passes it over."""
 
@@ -42,6 +39,15 @@ SEAL = "$comment"
 def read_recipes() -> dict[str, Any]:
     """Build step: {name: what the shipped recipe says}, defaults left out so that a form shows what was chosen."""
     return {name: load_recipe(name).model_dump(mode="json", exclude_unset=True) for name in shipped_names()}
+
+
+def read_version() -> dict[str, str]:
+    """Build step: {"version": which code this is}, such as 0.2.0-3fa9c1d2e4b7; an image may have it for its tag.
+
+    It is the package's version, and a digest of the source of all modules that the flow imports: a commit would be another one
+    for another README, and the same one for an edit that is not committed.
+    """
+    return {"version": f"{version('amazon-ft')}-{source_digest('flows.amazon_ft')[:VERSION_DIGITS]}"}
 
 
 def enter_data_directory() -> dict[str, str]:
@@ -70,8 +76,8 @@ def server_url() -> str:
     return url
 
 
-def set_up(pools: PoolType, trainings: int, *, overwrite: bool = False, say: Callable[[str], None] = logger.info) -> None:
-    """Create or bring up to date both work pools, the automation and the deployments of the server at PREFECT_API_URL.
+def set_up_pools(pools: PoolType, trainings: int, *, overwrite: bool = False, say: Callable[[str], None] = logger.info) -> None:
+    """Create or bring up to date both work pools with their queues, and the automation, of the server at PREFECT_API_URL.
 
     Args:
         pools: the type of both pools.
@@ -80,65 +86,19 @@ def set_up(pools: PoolType, trainings: int, *, overwrite: bool = False, say: Cal
         say: hears of each thing as it is created, brought up to date or left.
 
     Raises:
-        PipelineError: when the server refuses, with what it said.
+        ConfigError: for a pool of another type.
     """
-    set_up_pools(pools, trainings, overwrite=overwrite, say=say)
-    register(say=say)
-
-
-def set_up_pools(pools: PoolType, trainings: int, *, overwrite: bool = False, say: Callable[[str], None] = logger.info) -> None:
-    """The part of `set_up` that workers need."""
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
         for name, limit in ((CPU_POOL, None), (CUDA_POOL, trainings)):
             say(f"work pool {name}: {_set_up_pool(client, name, pools, limit, overwrite=overwrite)}")
+        for name in (CPU_POOL, CUDA_POOL):
+            if URGENT not in {queue.name for queue in client.read_work_queues(work_pool_name=name)}:
+                client.create_work_queue(URGENT, priority=1, work_pool_name=name)
+                say(f"work queue {URGENT} of {name}: created")
         for name, done in _set_up_automations(client).items():
             say(f"automation {name}: {done}")
-
-
-def register(*, say: Callable[[str], None] = logger.info) -> None:
-    """Register every deployment of prefect.yaml, as `prefect deploy --all` does; schedules that are on stay so."""
-    before = _deployments()
-    say("registering the deployments")
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise PipelineError(f"deploy: prefect deploy: ended with {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}")
-    _switch_on({deployment.id: [each for each in deployment.schedules if each.active] for deployment in before.values()})
-    for name, deployment in sorted(_deployments().items()):
-        if name not in before:
-            say(f"deployment {name}: created")
-        elif deployment.updated != before[name].updated:
-            say(f"deployment {name}: brought up to date")
-
-
-def _deployments() -> dict[str, DeploymentResponse]:
-    """{name: deployment} of both flows. Registering anew puts the file's schedules, which are off, in the place of theirs."""
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowFilter, FlowFilterName
-
-    with get_client(sync_client=True) as client:
-        found: dict[str, DeploymentResponse] = {}
-        for flow in ("amazon-ft", "amazon-ft-train"):
-            ours = FlowFilter(name=FlowFilterName(any_=[flow]))
-            found |= {f"{flow}/{each.name}": each for each in client.read_deployments(flow_filter=ours)}
-    return found
-
-
-def _switch_on(before: Mapping[UUID, list[DeploymentSchedule]]) -> None:
-    """Switch on again what was on: the file's schedule if it is the same, else one of its own."""
-    from prefect.client.orchestration import get_client
-
-    with get_client(sync_client=True) as client:
-        for deployment, schedules in before.items():
-            now = client.read_deployment(deployment).schedules
-            for wanted in schedules:
-                same = next((each for each in now if each.schedule == wanted.schedule), None)
-                if same is None:
-                    client.create_deployment_schedules(deployment, [(wanted.schedule, True)])
-                elif not same.active:
-                    client.update_deployment_schedule(deployment, same.id, active=True)
 
 
 def template_of(pools: PoolType, name: str) -> Path:

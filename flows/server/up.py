@@ -25,6 +25,7 @@ from flows.running.interruption import Interrupted
 from flows.running.pools import CPU_POOL, CUDA_POOL, online_workers
 from flows.server import deploy
 from flows.server.ephemeral import wait_until_healthy
+from flows.server.registration import Choices, register
 from flows.server.standing import announced, standing_api
 from tasks.refs import ConfigError, PipelineError, home
 
@@ -132,7 +133,7 @@ def run_until_interrupted(options: UpOptions, console: Console) -> None:
         deploy.set_up_pools(deploy.PoolType.PROCESS, max(1, len(gpus)), say=say)
         names = _start_workers(processes, gpus)
         say(f"starting workers {', '.join(names)}")
-        deploy.register(say=say)
+        register(Choices(), say=say)
         _wait_until_online(names)
         _tell(options, gpus, say)
         with suppress(Interrupted), announced(f"{options.url}/api"):

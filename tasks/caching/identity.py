@@ -82,13 +82,25 @@ def code_digests(roots: Iterable[str], alternatives: Collection[str] = ()) -> di
     return {module.name: module.digest for module in modules}
 
 
+def source_digest(root: str) -> str:
+    """SHA-256 over the source, comments and all, of a module and of every first-party module that it imports.
+
+    No key: it tells people which code this is.
+
+    Raises:
+        PipelineError: when a module's source can't be read.
+    """
+    sources = {module.name: module.source for module in _modules([root], (), outside=())}
+    return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()
+
+
 def remember_code(roots: Iterable[str]) -> None:
     """Read the code that may count, while it is what was imported; what is wrong with it is said when its digest is asked for."""
     with suppress(PipelineError, SyntaxError):
         _modules(roots, ())
 
 
-def _modules(roots: Iterable[str], alternatives: Collection[str]) -> list[Module]:
+def _modules(roots: Iterable[str], alternatives: Collection[str], outside: Collection[str] = OUTSIDE) -> list[Module]:
     chosen = set(roots)
     found: dict[str, Module] = {}
     waiting = sorted(chosen)
@@ -97,7 +109,7 @@ def _modules(roots: Iterable[str], alternatives: Collection[str]) -> list[Module
             continue
         found[name] = read_module(name)
         others = alternatives if name in chosen and name not in alternatives else ()
-        waiting.extend(name for name in found[name].imports if name not in others and not _is_below(name, OUTSIDE))
+        waiting.extend(name for name in found[name].imports if name not in others and not _is_below(name, outside))
     return [found[name] for name in sorted(found)]
 
 

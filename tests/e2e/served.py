@@ -94,11 +94,12 @@ class Served:
     def deployment(self, name: str) -> dict[str, Any]:
         return self.get(f"deployments/name/{name}")
 
-    def start(self, *overrides: str) -> str:
-        """The id of a new run of amazon-ft/demo."""
-        demo = self.deployment("amazon-ft/demo")["id"]
-        body = {"state": {"type": "SCHEDULED"}, "parameters": {"overrides": self.overrides(*overrides)}}
-        return self.post(f"deployments/{demo}/create_flow_run", **body)["id"]
+    def start(self, *overrides: str, deployment: str = "demo") -> str:
+        """The id of a new run of recipe demo, by its own deployment or another one."""
+        config = self.deployment("amazon-ft/demo")["parameters"]["config"]
+        body = {"state": {"type": "SCHEDULED"}, "parameters": {"config": config, "overrides": self.overrides(*overrides)}}
+        there = self.deployment(f"amazon-ft/{deployment}")["id"]
+        return self.post(f"deployments/{there}/create_flow_run", **body)["id"]
 
     def run(self, run: str) -> dict[str, Any]:
         return self.get(f"flow_runs/{run}")

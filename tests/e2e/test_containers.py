@@ -11,14 +11,19 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
+import yaml
 
+from flows.choices import PoolType
+from flows.server.deploy import set_up_pools
 from tests.e2e.served import SIZES, Served, until
 from tests.support.checkout import PROJECT
+from tests.support.prefect_file import BUILD, step, with_images
 from tests.support.tiny import make_tiny_model
 
 IMAGE = "amazon-ft:cpu"
@@ -99,6 +104,46 @@ def test_a_small_run_completes_as_nobody_special_and_is_cached_afterwards(
 
 def test_a_container_without_a_command_says_what_it_can_do(image: str) -> None:
     assert "Usage: amazon-ft" in docker("run", "--rm", image)
+
+
+def deploy_demo(directory: Path, name: str, *, push: bool) -> subprocess.CompletedProcess[str]:
+    """`prefect deploy` of amazon-ft/demo with an image of that name, which is built with the options that are needed here."""
+    settings = with_images()
+    settings["deployments"] = [each for each in settings["deployments"] if each["name"] == "demo"]
+    (demo,) = settings["deployments"]
+    options = shlex.split(os.environ.get("AMAZON_FT_BUILD_OPTIONS", ""))
+    given = list(zip(options[::2], options[1::2], strict=True))
+    step(demo, BUILD)["image_name"] = name
+    step(demo, BUILD)["build_args"] = dict(value.split("=", 1) for option, value in given if option == "--build-arg")
+    step(demo, BUILD)["secrets"] = [value for option, value in given if option == "--secret"]
+    if not push:
+        del demo["push"]
+    file = directory / "prefect.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--name", "demo", "--prefect-file", str(file)]
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+
+
+def test_prefect_deploys_an_image_of_this_code_and_nothing_that_the_registry_refused(
+    image: str, prefect_api: str, tmp_path: Path
+) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    nowhere = "127.0.0.1:1/amazon-ft"
+    set_up_pools(PoolType.DOCKER, 1)
+    with get_client(sync_client=True) as client:
+        refused = deploy_demo(tmp_path, nowhere, push=True)
+        assert refused.returncode != 0
+        assert f"dial tcp {nowhere.split('/')[0]}: connect: connection refused" in refused.stdout + refused.stderr
+        with pytest.raises(ObjectNotFound):
+            client.read_deployment_by_name("amazon-ft/demo")
+        done = deploy_demo(tmp_path, nowhere, push=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        demo = client.read_deployment_by_name("amazon-ft/demo")
+    assert demo.job_variables["image"] == f"{nowhere}:cpu-{demo.version}"
+    has = "from flows.server.deploy import read_version; print(read_version()['version'])"
+    assert docker("run", "--rm", demo.job_variables["image"], "python", "-c", has).strip() == demo.version
 
 
 @pytest.fixture(scope="module")

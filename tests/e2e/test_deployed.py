@@ -13,14 +13,17 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from flows.server.deploy import read_version
 from tests.e2e.served import PREPARED, SHORT, Served, until
 
 
@@ -67,6 +70,7 @@ def test_every_deployment_is_registered_with_an_inactive_weekly_schedule(served:
         assert [schedule["active"] for schedule in deployment["schedules"]] == [False]
         assert deployment["enforce_parameter_schema"]
         assert "Recipe" in deployment["parameter_openapi_schema"]["definitions"]
+        assert deployment["version"] == read_version()["version"]
     assert served.deployment("amazon-ft-train/cuda")["work_pool_name"] == "cuda"
     assert served.get("work_pools/cuda")["concurrency_limit"] == 1
     assert served.post("automations/filter")[0]["enabled"]
@@ -126,6 +130,79 @@ def test_the_log_of_a_workers_flow_run_has_no_bars(served: Served, finished_run:
     assert "step 4 of 4" in log
     assert "%|" not in log
     assert "\r" not in log
+
+
+@contextmanager
+def no_training(served: Served) -> Iterator[None]:
+    """Trainings wait within the block."""
+    worker = served.process_named("inner", "--name", "cuda-0")
+    worker.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        worker.send_signal(signal.SIGCONT)
+
+
+def begun(served: Served, run: str) -> dict[str, Any] | None:
+    """What became of a run that a worker asked the server to begin."""
+    found = served.run(run)
+    return None if found["state_name"] in ("Scheduled", "Late", "Pending") else found
+
+
+@pytest.fixture(scope="module")
+def contended(served: Served, finished_run: str) -> dict[str, dict[str, Any]]:
+    """Runs of two deployments, and the trainings of the first of each, as they were when one training had begun.
+
+    The limit of deployment chat was set as the UI does; `amazon-ft deploy`, while its first run goes on, limits fast, and puts it
+    into queue `urgent`.
+    """
+    limit = {"concurrency_limit": 1, "concurrency_options": {"collision_strategy": "CANCEL_NEW"}}
+    served.request("PATCH", f"deployments/{served.deployment('amazon-ft/chat')['id']}", limit)
+    with no_training(served):
+        first = served.start(*SHORT, "finetune.seed=3", deployment="chat")
+        waiting = served.child(first)["id"]
+        served.command("deploy", "--queue", "fast=urgent", "--concurrency-limit", "fast=1")
+        beyond = served.start(deployment="chat")
+        urgent = served.start(*SHORT, "finetune.seed=4", deployment="fast")
+        passing = served.child(urgent)["id"]
+        behind = served.start(deployment="fast")
+        found = {"beyond": until(lambda: begun(served, beyond)), "behind": until(lambda: begun(served, behind))}
+        served.set_state(behind, "CANCELLED")
+    found |= {"passing": until(lambda: begun(served, passing)), "waiting": served.run(waiting)}
+    for run in (first, urgent):
+        served.set_state(run, "CANCELLING")
+    for run in (first, urgent, waiting, passing):
+        served.ended(run)
+    return found
+
+
+@pytest.mark.slow("deployments registered anew, two deployed runs")
+def test_a_run_beyond_the_limit_of_its_deployment_is_cancelled_with_a_reason(
+    served: Served, contended: dict[str, dict[str, Any]]
+) -> None:
+    """Registering anew has forgotten neither the limit nor the run that went on."""
+    state = contended["beyond"]["state"]
+    assert (state["name"], state["message"]) == ("Cancelled", "Deployment concurrency limit reached.")
+
+
+def test_a_run_beyond_the_limit_waits_unless_it_was_to_be_cancelled(contended: dict[str, dict[str, Any]]) -> None:
+    assert contended["behind"]["state_name"] == "AwaitingConcurrencySlot"
+
+
+def test_an_urgent_runs_training_passes_one_that_waits(contended: dict[str, dict[str, Any]]) -> None:
+    waiting, passing = contended["waiting"], contended["passing"]
+    assert (waiting["work_queue_name"], passing["work_queue_name"]) == ("default", "urgent")
+    assert waiting["created"] < passing["created"]
+    assert waiting["start_time"] is None
+
+
+def test_the_same_code_registered_anew_is_the_same_version(
+    served: Served, finished_run: str, contended: dict[str, dict[str, Any]]
+) -> None:
+    before, after = served.run(finished_run)["deployment_version"], contended["passing"]["deployment_version"]
+    assert before == after == read_version()["version"]
+    command = [sys.executable, "-m", "prefect", "deployment", "inspect", "amazon-ft/fast"]
+    assert f"'version': '{after}'" in subprocess.run(command, env=served.env, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,8 @@ class Module:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._syntax = Syntax(_parse(_source(name)), name if has_modules(name) else name.rpartition(".")[0])
+        self.source = _source(name)
+        self._syntax = Syntax(_parse(self.source), name if has_modules(name) else name.rpartition(".")[0])
 
     @cached_property
     def imports(self) -> list[str]:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from flows.choices import PoolType
 from flows.cli.main import app
-from flows.server import deploy
+from flows.server import deploy, registration
 from tests.support.checkout import PROJECT
 
 if TYPE_CHECKING:
@@ -130,6 +130,20 @@ def test_the_number_of_trainings_is_brought_up_to_date_beside_an_edited_template
     assert template_on(client, "cuda") == edited
 
 
+@pytest.mark.parametrize("kind", PoolType)
+def test_every_pool_has_a_queue_that_goes_first_and_keeps_the_rank_that_somebody_gave_it(
+    client: SyncPrefectClient, kind: PoolType
+) -> None:
+    def ranks(pool: str) -> dict[str, int | None]:
+        return {queue.name: queue.priority for queue in client.read_work_queues(work_pool_name=pool)}
+
+    deploy.set_up_pools(kind, 1)
+    assert [ranks(pool) for pool in POOLS] == [{"urgent": 1, "default": 2}] * 2
+    client.update_work_queue(client.read_work_queue_by_name("urgent", work_pool_name="cuda").id, priority=3)
+    deploy.set_up_pools(kind, 1)
+    assert ranks("cuda") == {"default": 2, "urgent": 3}
+
+
 def test_what_we_write_is_the_shipped_template_and_its_digest(client: SyncPrefectClient, prefect_api: str) -> None:
     deploy.set_up_pools(PoolType.PROCESS, 1)
     written = template_on(client)
@@ -140,9 +154,9 @@ def test_what_we_write_is_the_shipped_template_and_its_digest(client: SyncPrefec
 def test_the_command_keeps_an_edited_template_unless_it_is_told_to_overwrite(
     client: SyncPrefectClient, prefect_api: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The deployments, which it registers too, are test_deployed.py's."""
+    """The deployments, which it registers too, are test_registration.py's."""
     monkeypatch.setenv("PREFECT_API_URL", prefect_api)
-    monkeypatch.setattr(deploy, "register", lambda say: None)
+    monkeypatch.setattr(registration, "register", lambda choices, say: None)
 
     def command(*options: str) -> str:
         done = CliRunner().invoke(app, ["deploy", *options])

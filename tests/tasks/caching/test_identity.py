@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tasks import finetune
 from tasks.caching.code.modules import read_module
-from tasks.caching.identity import canonical, code_digests, remember_code, stage_key
+from tasks.caching.identity import canonical, code_digests, remember_code, source_digest, stage_key
 from tasks.config import FinetuneConfig, IngestConfig, SampleConfig
 from tasks.refs import Artifact, PipelineError, Products, Source, SourceFile
 from tests.support.checkout import PROJECT, Checkout
@@ -180,3 +180,14 @@ def test_remembering_code_judges_nothing(checkout: Checkout) -> None:
     checkout.append("tasks/sample.py", "\nx = __file__\n")
     checkout.run("-c", "import tasks.sample")
     remember_code(["tasks.nowhere"])
+
+
+VERSION = "from tasks.caching.identity import source_digest; print(source_digest('flows.amazon_ft'))"
+
+
+def test_any_edit_of_what_the_flow_imports_is_another_version_and_none_elsewhere(checkout: Checkout) -> None:
+    checkout.append("flows/bench/data.py", "RATE = 1\n")
+    before = checkout.run("-c", VERSION).stdout.strip()
+    assert before == source_digest("flows.amazon_ft"), "wherever it lies"
+    checkout.append("tasks/config.py", "# a comment, where keys see none\n")
+    assert checkout.run("-c", VERSION).stdout.strip() != before
