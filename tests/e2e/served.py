@@ -91,6 +91,17 @@ class Served:
             time.sleep(0.5)
         return answer.raise_for_status()
 
+    def change_pool(self, pool: str, *, env: dict[str, str] | None = None, **defaults: Any) -> dict[str, Any]:
+        """What a pool's page lets one edit; the values before."""
+        template = self.get(f"work_pools/{pool}")["base_job_template"]
+        form = template["variables"]["properties"]
+        before = {name: form[name]["default"] for name in defaults}
+        for name, value in defaults.items():
+            form[name]["default"] = value
+        form["env"]["default"] |= env or {}
+        self.request("PATCH", f"work_pools/{pool}", {"base_job_template": template})
+        return before
+
     def deployment(self, name: str) -> dict[str, Any]:
         return self.get(f"deployments/name/{name}")
 
@@ -169,6 +180,14 @@ class Served:
         if self.process.poll() is None:
             self.process.send_signal(how)
             self.process.wait(PATIENCE_SECONDS)
+
+
+def answers(url: str) -> bool:
+    """Whether a server is well."""
+    try:
+        return httpx.get(f"{url}/api/health").is_success
+    except httpx.HTTPError:
+        return False
 
 
 def until(found: Callable[[], Any]) -> Any:

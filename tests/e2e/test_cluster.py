@@ -17,10 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.e2e.served import SIZES, Served, until
+from tests.e2e.served import SIZES, Served, answers, until
 from tests.e2e.test_containers import LONG, adapters
 from tests.support.checkout import PROJECT
 
@@ -56,13 +55,6 @@ def forwarded() -> Iterator[str]:
         process.wait()
 
 
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/api/health").is_success
-    except httpx.HTTPError:
-        return False
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Served]:
     """README.md's commands, and the server behind them; both pools' jobs are small and ask for no GPU."""
@@ -79,24 +71,12 @@ def cluster() -> Iterator[Served]:
             kubectl("rollout", "status", f"deployment/{name}", "--timeout=600s")
         with forwarded() as url:
             served = Served(url, PROJECT, Path("/source/model"), None)  # type: ignore[arg-type]
-            change_pool(served, "cpu", **LEAST)
-            change_pool(served, "cuda", image=image(served), gpus=0, node_selector={}, env={"OMP_NUM_THREADS": "1"}, **LEAST)
+            served.change_pool("cpu", **LEAST)
+            served.change_pool("cuda", image=image(served), gpus=0, node_selector={}, env={"OMP_NUM_THREADS": "1"}, **LEAST)
             yield served
     finally:
         print(subprocess.run(["kubectl", "-n", NAMESPACE, "get", "pods"], capture_output=True, text=True, check=False).stdout)
         subprocess.run(["kubectl", "delete", "namespace", NAMESPACE], check=False, capture_output=True)
-
-
-def change_pool(served: Served, pool: str, *, env: dict[str, str] | None = None, **defaults: Any) -> dict[str, Any]:
-    """What a pool's page lets one edit; the values before."""
-    template = served.get(f"work_pools/{pool}")["base_job_template"]
-    form = template["variables"]["properties"]
-    before = {name: form[name]["default"] for name in defaults}
-    for name, value in defaults.items():
-        form[name]["default"] = value
-    form["env"]["default"] |= env or {}
-    served.request("PATCH", f"work_pools/{pool}", {"base_job_template": template})
-    return before
 
 
 def image(served: Served) -> str:
@@ -107,7 +87,7 @@ def image(served: Served) -> str:
 def deployed(served: Served, home: str, *overrides: str) -> str:
     """The id of a run that `prefect deployment run` submitted, in a root of its own below the claim."""
     for pool in ("cpu", "cuda"):
-        change_pool(served, pool, env={"AMAZON_FT_HOME": f"/data/{home}"})
+        served.change_pool(pool, env={"AMAZON_FT_HOME": f"/data/{home}"})
     settings = json.dumps([*SIZES, *overrides, "model.id=/source/model"])
     command = ["prefect", "deployment", "run", "amazon-ft/demo", "--param", f"overrides={settings}"]
     told = kubectl("exec", "deployment/worker", "-c", "cpu", "--", *command)
@@ -150,20 +130,20 @@ def test_a_training_whose_pod_is_deleted_goes_on_in_another_and_learns_the_same(
             {"node_selector": {"nvidia.com/gpu.present": "true"}, "gpus": 1},
             "didn't match Pod's node affinity/selector|Insufficient",
         ),
-        ({"memory_limit": "120Mi"}, "OOMKilled|exit code 137|out of memory"),
+        ({"memory_limit": "120Mi", "memory_request": "60Mi"}, "OOMKilled|exit code 137|out of memory"),
     ],
     ids=["an image that is not there", "no node with a GPU", "too little memory"],
 )
 def test_what_keeps_a_pod_from_its_work_is_said_on_the_page_of_its_run(
     cluster: Served, settings: dict[str, Any], said: str
 ) -> None:
-    before = change_pool(cluster, "cuda", **settings)
+    before = cluster.change_pool("cuda", **settings)
     run = deployed(cluster, "refused", *LONG)
     try:
         child = cluster.child(run)["id"]
         until(lambda: re.search(said, told(cluster, child)))
     finally:
-        change_pool(cluster, "cuda", **before)
+        cluster.change_pool("cuda", **before)
         cluster.set_state(run, "CANCELLING", force=True)
 
 

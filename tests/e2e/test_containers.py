@@ -21,7 +21,7 @@ import yaml
 
 from flows.choices import PoolType
 from flows.server.deploy import set_up_pools
-from tests.e2e.served import SIZES, Served, until
+from tests.e2e.served import SIZES, Served, answers, until
 from tests.support.checkout import PROJECT
 from tests.support.prefect_file import BUILD, step, with_images
 from tests.support.tiny import make_tiny_model
@@ -199,3 +199,54 @@ def test_a_deployed_run_survives_the_end_of_server_database_and_worker_and_learn
     assert [child["state_type"] for child in trainings] == ["CRASHED", "COMPLETED"]
     learnt = adapters(docker(*words, "exec", "-T", "cpu-worker", "ls", "/data/artifacts/adapter"))
     assert learnt == adapters(docker("run", "--rm", "-v", f"{volume}:/data", image, "ls", "/data/artifacts/adapter"))
+
+
+@pytest.fixture
+def pool_of_containers(image: str, source: Path) -> Iterator[tuple[Served, str]]:
+    """A server and a worker of each pool, in containers that the engine's socket is given to; and the volume of their runs."""
+    name = f"amazon-ft-test-{uuid4().hex[:8]}"
+    socket_path = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock").removeprefix("unix://")
+    options = ["run", "--detach", "--network", name, "-e", "PREFECT_API_URL=http://server:4200/api"]
+    engine = ["-v", f"{socket_path}:/var/run/docker.sock", "--group-add", str(Path(socket_path).stat().st_gid)]
+    docker("network", "create", name)
+    containers: list[str] = []
+    try:
+        published = ["--network-alias", "server", "--publish", "127.0.0.1::4200", image]
+        containers += docker(*options, *published, "prefect", "server", "start", "--host", "0.0.0.0").split()
+        port = docker("port", containers[0], "4200").strip().rpartition(":")[2]
+        served = Served(f"http://127.0.0.1:{port}", source, Path("/source/model"), None)  # type: ignore[arg-type]
+        until(lambda: answers(served.url))
+        docker("run", "--rm", *options[2:], image, "deploy", "--pools", "docker")
+        given = {"networks": [name], "volumes": [f"{name}:/data", f"{source}:/source:ro"]}
+        served.change_pool("cpu", **given)
+        served.change_pool("cuda", env=THREADS, image=image, device_requests=[], **given)
+        for pool in ("cpu", "cuda"):
+            containers += docker(
+                *options, *engine, image, "prefect", "worker", "start", "--pool", pool, "--type", "docker"
+            ).split()
+        yield served, name
+    finally:
+        for container in reversed(containers):
+            print(docker("logs", "--tail", "100", container, check=False))  # shown with what failed
+            docker("rm", "--force", container, check=False)
+        docker("volume", "rm", "--force", name, check=False)
+        docker("network", "rm", name, check=False)
+
+
+def test_a_pool_of_containers_makes_run_and_training_in_one_each(
+    pool_of_containers: tuple[Served, str], undisturbed: dict[str, str], image: str, volume: str
+) -> None:
+    served, own = pool_of_containers
+    run = served.start(*LONG)
+    child = served.child(run)["id"]
+    until(lambda: "step 10 of 800" in served.logs(child))
+    ids = {run: served.run(run)["infrastructure_pid"], child: served.run(child)["infrastructure_pid"]}
+    running = docker("ps", "--no-trunc", "--format", "{{.ID}} {{.Names}}")
+    assert all(pid.rpartition(":")[2] in running for pid in ids.values()), (ids, running)
+    ended = served.ended(run)
+    assert ended["state_type"] == "COMPLETED", served.logs(run)
+    print(served.logs(run), served.logs(child), sep="\n")
+    learnt, wanted = (
+        docker("run", "--rm", "-v", f"{each}:/data", image, "ls", "/data/artifacts/adapter") for each in (own, volume)
+    )
+    assert adapters(learnt) == adapters(wanted) != set()
