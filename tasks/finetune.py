@@ -73,15 +73,16 @@ def left_behind(key: str) -> str | None:
     return resumable(home() / "work" / key[:32])
 
 
-def _prepare(model: Model, batches: Artifact, config: FinetuneConfig, weights: WeightsConfig, device: str) -> Resolved:
-    """Refuse early what can't work, and decide what the request leaves open."""
+def prepare_training(model: Model, config: FinetuneConfig, weights: WeightsConfig, device: str, longest: int) -> Resolved:
+    """Decide what the request leaves open, of rows or packs of at most `longest` tokens; refuse what can't work.
+
+    Raises:
+        ConfigError: for what the model, the backend or the machine can't do.
+        InputError: when the least memory that it takes exceeds what the GPU has free.
+    """
     from tasks.training import hardware, loading, memory, model_shape
     from tasks.training.fast import memory_plan
 
-    if not batches.rows:
-        raise InputError(
-            f"finetune: no rows to train on: got {batches.kind} with 0 rows; expected at least 1. Lower what drops them."
-        )
     hardware.check_model(model)
     resolved = hardware.resolve(config, weights, device)
     if config.backend == "fast":
@@ -90,7 +91,7 @@ def _prepare(model: Model, batches: Artifact, config: FinetuneConfig, weights: W
     if shape is None:
         return resolved
     model_shape.check_targets(shape, config)
-    tokens = config.batch_size * _longest_row(_rows(batches))
+    tokens = config.batch_size * longest
     if config.backend == "fast":
         resolved = memory_plan.choose(config, resolved, shape, tokens, free, devices=hardware.count_devices(config, device))
     loaded = resolved.model_copy(update={"load_in_4bit": resolved.load_in_4bit or loading.is_in_4bit(Path(model.path))})
@@ -98,6 +99,15 @@ def _prepare(model: Model, batches: Artifact, config: FinetuneConfig, weights: W
     if free is not None:
         memory.check_memory(estimate, free, config)
     return resolved.model_copy(update={"estimated_gib": estimate, "free_gib": free})
+
+
+def _prepare(model: Model, batches: Artifact, config: FinetuneConfig, weights: WeightsConfig, device: str) -> Resolved:
+    """Refuse early what can't work, and decide what the request leaves open."""
+    if not batches.rows:
+        raise InputError(
+            f"finetune: no rows to train on: got {batches.kind} with 0 rows; expected at least 1. Lower what drops them."
+        )
+    return prepare_training(model, config, weights, device, _longest_row(_rows(batches)))
 
 
 def _rows(batches: Artifact) -> Path:

@@ -23,6 +23,7 @@ from flows.running.pools import CPU_POOL, CUDA_POOL, online_workers
 from tasks.caching.context import planning
 from tasks.caching.plans import Unknown
 from tasks.config import Recipe
+from tasks.finetune import prepare_training
 from tasks.model import SMOLLM2, WHEEL, base_model
 from tasks.reading.downloads import without_query
 from tasks.reading.sources import URL, locate_source
@@ -53,7 +54,7 @@ class Finding:
 
 def examine(recipe: Recipe) -> list[Finding]:
     """All checks of a recipe, in the order in which a run would meet them."""
-    checks: tuple[Callable[[Recipe], Iterator[Finding]], ...] = (_versions, _gpu, _source, _model, _disk, _server)
+    checks: tuple[Callable[[Recipe], Iterator[Finding]], ...] = (_versions, _gpu, _source, _model, _memory, _disk, _server)
     return [finding for check in checks for finding in check(recipe)]
 
 
@@ -141,6 +142,25 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
         yield _fetchable()
     else:
         yield Finding("model", "ok", f"{model.name}: {model.digest[:60]}")
+
+
+def _memory(recipe: Recipe) -> Iterator[Finding]:
+    """How the training would lie in the GPUs' memory; nothing where it can't be told yet, or other checks say what is missing."""
+    if recipe.device != "cuda" or not visible_gpus() or not _torch_sees_cuda():
+        return
+    longest = recipe.tokenize.max_tokens if recipe.pack is None else recipe.pack.tokens
+    try:
+        with planning(recipe.name):
+            model: Model | Unknown = base_model(recipe.model)
+        if isinstance(model, Unknown):  # pyright: ignore[reportUnnecessaryIsInstance]  # as in _model
+            return
+        resolved = prepare_training(model, recipe.finetune, recipe.model.weights, recipe.device, longest)
+    except PipelineError as error:
+        yield Finding("gpu memory", "missing", str(error))
+        return
+    if (estimate := resolved.estimated_gib) is not None:
+        shared = ", the base model shared out over all devices" if resolved.sharded else ""
+        yield Finding("gpu memory", "ok", f"{estimate['total']:.1f} GiB estimated of {resolved.free_gib:.1f} GiB free{shared}")
 
 
 def _fetchable() -> Finding:

@@ -95,7 +95,7 @@ class Served:
         """What a pool's page lets one edit; the values before."""
         template = self.get(f"work_pools/{pool}")["base_job_template"]
         form = template["variables"]["properties"]
-        before = {name: form[name]["default"] for name in defaults}
+        before = {name: form[name].get("default") for name in defaults}
         for name, value in defaults.items():
             form[name]["default"] = value
         form["env"]["default"] |= env or {}

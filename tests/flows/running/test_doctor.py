@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.bench.shapes import SHAPES
 from flows.recipes import load_recipe
 from flows.running.doctor import Finding, _fetchable, examine
 from flows.running.gpus import visible_gpus
@@ -66,6 +67,26 @@ def test_a_gpu_without_memory_of_its_own_is_shown_without(
 ) -> None:
     monkeypatch.setenv("PATH", driver(tmp_path / "bin", "0, GPU-1, NVIDIA GB10, 580.95.05, [N/A]"))
     assert findings(model, "device=cuda")["gpu"].found.startswith("NVIDIA GB10, driver 580.95.05")
+
+
+@pytest.mark.parametrize(
+    ("devices", "state", "said"),
+    [(2, "ok", ", the base model shared out over all devices"), (1, "missing", "too little GPU memory: got 40.0 GiB free")],
+)
+def test_a_model_that_one_gpu_can_not_hold_is_said_to_be_shared_out_or_refused(
+    devices: int, state: str, said: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_server: None
+) -> None:
+    (model / "config.json").write_text(json.dumps(SHAPES["llama-3-70b"].settings | {"model_type": "llama"}))
+    monkeypatch.setenv("PATH", driver(tmp_path / "bin", H200, SECOND_H200))
+    for name, value in {"is_available": True, "device_count": devices, "get_device_capability": (9, 0)}.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, value=value: value)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (40 * 2**30, 80 * 2**30))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA A100-PCIE-40GB")
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
+    settings = ["device=cuda", f"finetune.devices={devices}", "finetune.gradient_accumulation=2", "pack.tokens=4096"]
+    found = findings(model, *settings, recipe="fast")["gpu memory"]
+    assert found.state == state
+    assert said in found.found
 
 
 def test_an_index_that_does_not_answer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
