@@ -122,6 +122,7 @@ def _become(arguments: list[str], cwd: str, env: dict[str, str], outputs: list[s
     os.chdir(cwd)
     for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
         del sys.modules[name]
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # the platform's, no longer ours
     sys.dont_write_bytecode = bool(env.get("PYTHONDONTWRITEBYTECODE"))
     how, *rest = arguments if arguments[0] in ("-m", "-c") else ("", *arguments)
     first = cwd if how else str(Path(rest[0]).parent)
