@@ -131,14 +131,19 @@ def _remote_source(url: str) -> Finding:
     return Finding("source", "ok", without_query(url))
 
 
+def _planned_model(recipe: Recipe) -> Model | Unknown:
+    """The base model, or a plan's answer for what was not fetched yet."""
+    with planning(recipe.name):
+        return base_model(recipe.model)
+
+
 def _model(recipe: Recipe) -> Iterator[Finding]:
     try:
-        with planning(recipe.name):
-            model: Model | Unknown = base_model(recipe.model)
+        model = _planned_model(recipe)
     except PipelineError as error:
         yield Finding("model", "missing", str(error))
         return
-    if isinstance(model, Unknown):  # pyright: ignore[reportUnnecessaryIsInstance]  # a plan's answer for what was not fetched yet
+    if isinstance(model, Unknown):
         yield _fetchable()
     else:
         yield Finding("model", "ok", f"{model.name}: {model.digest[:60]}")
@@ -150,10 +155,12 @@ def _memory(recipe: Recipe) -> Iterator[Finding]:
         return
     longest = recipe.tokenize.max_tokens if recipe.pack is None else recipe.pack.tokens
     try:
-        with planning(recipe.name):
-            model: Model | Unknown = base_model(recipe.model)
-        if isinstance(model, Unknown):  # pyright: ignore[reportUnnecessaryIsInstance]  # as in _model
-            return
+        model = _planned_model(recipe)
+    except PipelineError:
+        return
+    if isinstance(model, Unknown):
+        return
+    try:
         resolved = prepare_training(model, recipe.finetune, recipe.model.weights, recipe.device, longest)
     except PipelineError as error:
         yield Finding("gpu memory", "missing", str(error))
