@@ -2,7 +2,8 @@
 
     python -m tests.bench.bench_evening PACKS_ARROW
 
-Work is the squares of rows' lengths, to which attention's time is proportional. A pack a process, steps drawn at random.
+Work is the squares of rows' lengths, to which attention's time is proportional. A pack a process, steps drawn at random. Last,
+what a process takes for its whole micro-batch: to deal the step, exchange rows, read them, and lay them out for a GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tasks.tables.arrow import read_table
 from tasks.training.parallel.evening import Room, even_out
 
 PROCESSES = (2, 4, 8)
+LAID_OUT = (1, *PROCESSES)
 STEPS = 100
 
 
@@ -44,6 +46,26 @@ def main(packs: Path) -> None:
         )
 
 
+def lay_out(packs: Path) -> None:
+    """Print the time of a micro-batch."""
+    from datasets import Dataset
+
+    from tasks.training.fast.backend import gpu_collator, max_lengths
+    from tasks.training.parallel.loader import CollateShare, MicroBatch, Shares
+
+    rows: Any = Dataset.from_file(str(packs))
+    collate = CollateShare(gpu_collator(max_lengths(rows), 1, packed=True), packed=True)
+    random = np.random.default_rng(0)
+    for processes in LAID_OUT:
+        shares, seconds = Shares(rows, packed=True, batch_size=1, rank=0, ranks=processes), list[float]()
+        for _ in range(STEPS):
+            step = MicroBatch(tuple(random.permutation(len(rows))[:processes].tolist()), 0)
+            began = time.perf_counter()
+            collate([shares[step]])
+            seconds.append(time.perf_counter() - began)
+        print(f"{processes} processes: {1000 * statistics.median(seconds):.1f} ms to lay out a micro-batch, in the median")
+
+
 def over_mean(shares: Any, lengths: Any) -> float:
     """How much more the busiest process has to do than the mean, as a share of that."""
     work = [sum(int((lengths[pack] ** 2).sum()) for pack in share) for share in shares]
@@ -52,3 +74,4 @@ def over_mean(shares: Any, lengths: Any) -> float:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    lay_out(Path(sys.argv[1]))
