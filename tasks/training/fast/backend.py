@@ -72,7 +72,7 @@ def make_packed_trainer(job: Job, wrapped: Any, tokenizer: Any) -> Any:
 def fast_arguments(job: Job) -> dict[str, Any]:
     """TrainingArguments of this backend: no autocast, for packed.py casts where it must, and no waiting for each loss.
 
-    Nor for a batch: another process lays it out, for which a step of 320 ms waited up to 66 (tests/bench/LOG.md), and it is copied
+    Nor for a batch: another process lays it out, for which a step of 386 ms waited 66 (tests/bench/LOG.md), and it is copied
     to the GPU while that is still busy with the steps before.
     """
     names = ("bf16", "fp16", "remove_unused_columns", "gradient_checkpointing", "logging_nan_inf_filter")
