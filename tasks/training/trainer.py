@@ -14,9 +14,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import copy_context
+from functools import partial
+from multiprocessing.util import Finalize
 from queue import SimpleQueue
 from types import FrameType
 from typing import Any
@@ -55,6 +57,7 @@ def run_trainer(job: Job, trainer: Any) -> float:
     """
     peers = find_peers()
     peers.join(trainer)
+    _end_workers_at_once(trainer)
     if peers.is_first:
         rewind_log(job.work / LOG, step_of(job.resume) if job.resume else 0)
     watch = Watch(
@@ -155,6 +158,28 @@ def planned_steps(trainer: Any) -> int:
 def uids_of(trainer: Any, rows: Sequence[int]) -> Sequence[str]:
     """The uids of rows of the training."""
     return [uid for uids in trainer.train_dataset[rows]["uids"] for uid in uids]
+
+
+def _end_workers_at_once(trainer: Any) -> None:
+    """Let a data loader's workers, forked from this process, end without what is to be done when this process ends.
+
+    Prefect's calls at exit fail in a fork, and torch takes a worker's exit code for a training that failed.
+    """
+    make = trainer.get_train_dataloader
+
+    def get_train_dataloader() -> Any:
+        loader = make()
+        workers = loader.base_dataloader  # torch's, within accelerate's
+        workers.worker_init_fn = partial(_begin_worker, workers.worker_init_fn)
+        return loader
+
+    trainer.get_train_dataloader = get_train_dataloader
+
+
+def _begin_worker(begin: Callable[[int], None] | None, worker: int) -> None:
+    if begin is not None:
+        begin(worker)
+    Finalize(None, os._exit, args=(0,), exitpriority=-100)  # after multiprocessing's own, which write what is left in queues
 
 
 def _attach(trainer: Any, watch: Watch, job: Job, peers: Alone | Peers) -> None:

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -82,6 +83,14 @@ def test_it_publishes_an_adapter_that_equals_a_second_training(model: Model) -> 
     assert adapter.summary["last_loss"] < adapter.summary["first_loss"]
     again = train(model, tiny_tokens(40), keep_checkpoints=1, num_workers=0)
     assert again.data.digest == adapter.data.digest
+
+
+def test_a_loaders_worker_does_nothing_that_is_for_this_process_to_do_at_its_end(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails_in_a_fork = Mock(side_effect=AssertionError)  # as Prefect's do, once it has sent a line of log
+    monkeypatch.setattr(threading, "_threading_atexits", [fails_in_a_fork])
+    assert train(model, tiny_tokens(40), max_steps=None, epochs=2, num_workers=1).steps == 10
 
 
 def test_the_log_tells_every_step_and_what_was_resolved(model: Model) -> None:
