@@ -32,6 +32,11 @@ $(VENV)/.unsloth: $(VENV)/.dev
 	$(INSTALL) --no-deps $(UNSLOTH)
 	@touch $@
 
+# What tests import is compiled here by one process; those that run tests would each compile it.
+$(VENV)/.compiled: $(VENV)/.dev
+	$(BIN)/pytest --collect-only >/dev/null
+	@touch $@
+
 install: $(VENV)/.base
 install-dev: $(VENV)/.dev
 install-unsloth: $(VENV)/.unsloth
@@ -45,12 +50,13 @@ check: install-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-cache
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
+# Four at a time on two cores: much of what a test does is to wait for a server or another process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 --dist loadscope --no-loadscope-reorder
 
-quick: install-dev
+quick: $(VENV)/.compiled
 	$(PYTEST) -m "not slow and not heavy" tests tasks flows
 
-test: check
+test: check $(VENV)/.compiled
 	$(PYTEST) --durations=10
 
 # With BUILD="--build-arg NAME=VALUE --secret id=ca,src=FILE ...": what the build needs here (docker/README.md).
@@ -63,7 +69,7 @@ CLUSTER ?= deployments/kubernetes
 cluster: install-dev
 	AMAZON_FT_CLUSTER=$(CLUSTER) $(BIN)/pytest -m containers tests/e2e/test_cluster.py
 
-cover: install-dev
+cover: $(VENV)/.compiled
 	$(PYTEST) --cov --cov-report=term
 
 lock: install-dev

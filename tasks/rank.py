@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from tasks.caching.code.loading import collect_rarely
 from tasks.caching.context import observing
 from tasks.caching.events import Event, StepsLogged
 from tasks.caching.files import space_checked
@@ -84,4 +85,5 @@ def run_rank(folder: Path) -> None:
 
 if __name__ == "__main__":
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    collect_rarely()
     run_rank(Path(sys.argv[1]))

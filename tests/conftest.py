@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 import subprocess
 import sys
@@ -60,6 +61,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return TOGETHER.get(Path(file).name, file)
 
     return BySharedFixture(config, log)
+
+
+def pytest_sessionstart() -> None:
+    """What is imported until all tests are collected stays; the garbage collector need not go over it again and again."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ import typer
 from flows.cli import bench, cache, history, models, runs, servers, sources
 from flows.cli.options import FAILED, WRONG_INPUT, Debug, err
 from flows.running.interruption import Interrupted, be_interruptible
+from tasks.caching.code.loading import collect_rarely
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +32,7 @@ def any_command(debug: Debug = False) -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake ends with one message and an exit code, never a stack trace."""
+    collect_rarely()
     be_interruptible()
     _reach_this_machine_directly()
     try:

@@ -79,9 +79,10 @@ def deploy(
 
     url = server_url()
     choices = registration.read_choices(concurrency_limit or (), collision_strategy, queue or ())
+    blocks = [notifications.find_block(name) for name in notify or ()]
     set_up_pools(pools, gpus, overwrite=overwrite, say=remark)
     registration.register(choices, say=remark)
-    for block in notify or ():
+    for block in blocks:
         notifications.notify(block, remark)
     remark(f"registered at {url}: work pools cpu and cuda, every deployment of deployments/prefect.yaml")
 

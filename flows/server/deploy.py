@@ -19,6 +19,7 @@ from flows.choices import PoolType
 from flows.recipes import SHIPPED, load_recipe, shipped_names
 from flows.running.pools import CPU_POOL, CUDA_POOL, URGENT
 from flows.running.quiet import hide_bars
+from tasks.caching.code.loading import collect_rarely
 from tasks.caching.files import text_digest
 from tasks.caching.identity import source_digest
 from tasks.refs import ConfigError
@@ -55,6 +56,7 @@ def enter_data_directory() -> dict[str, str]:
 
     It is the first of ours in a flow run's process, so progress bars are hidden here: what a flow run prints is a log.
     """
+    collect_rarely()
     hide_bars()
     return {"directory": os.environ.get("AMAZON_FT_DATA") or os.environ.get("PWD") or str(Path.cwd())}
 

@@ -132,6 +132,31 @@ def test_the_log_of_a_workers_flow_run_has_no_bars(served: Served, finished_run:
     assert "\r" not in log
 
 
+@pytest.fixture(scope="module")
+def heard(served: Served) -> Iterator[list[str]]:
+    """What a webhook is told, whose block is custom-webhook/team."""
+    bodies: list[str] = []
+
+    class Webhook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(self.rfile.read(int(self.headers["content-length"])).decode())
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Webhook) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_API_URL: f"{served.url}/api"}):
+            patch.setenv("PREFECT_API_URL", f"{served.url}/api")
+            url = f"http://127.0.0.1:{server.server_port}"
+            block = CustomWebhookNotificationBlock(name="team", url=url, json_data={"text": "{{subject}} | {{body}}"})
+            block.save("team")
+        yield bodies
+        server.shutdown()
+
+
 @contextmanager
 def no_training(served: Served) -> Iterator[None]:
     """Trainings wait within the block."""
@@ -150,18 +175,18 @@ def begun(served: Served, run: str) -> dict[str, Any] | None:
 
 
 @pytest.fixture(scope="module")
-def contended(served: Served, finished_run: str) -> dict[str, dict[str, Any]]:
+def contended(served: Served, finished_run: str, heard: list[str]) -> dict[str, dict[str, Any]]:
     """Runs of two deployments, and the trainings of the first of each, as they were when one training had begun.
 
     The limit of deployment chat was set as the UI does; `amazon-ft deploy`, while its first run goes on, limits fast, and puts it
-    into queue `urgent`.
+    into queue `urgent`. From then on the webhook is told.
     """
     limit = {"concurrency_limit": 1, "concurrency_options": {"collision_strategy": "CANCEL_NEW"}}
     served.request("PATCH", f"deployments/{served.deployment('amazon-ft/chat')['id']}", limit)
     with no_training(served):
         first = served.start(*SHORT, "finetune.seed=3", deployment="chat")
         waiting = served.child(first)["id"]
-        served.command("deploy", "--queue", "fast=urgent", "--concurrency-limit", "fast=1")
+        served.command("deploy", "--queue", "fast=urgent", "--concurrency-limit", "fast=1", "--notify", "custom-webhook/team")
         beyond = served.start(deployment="chat")
         urgent = served.start(*SHORT, "finetune.seed=4", deployment="fast")
         passing = served.child(urgent)["id"]
@@ -206,50 +231,28 @@ def test_the_same_code_registered_anew_is_the_same_version(
 
 
 @pytest.fixture(scope="module")
-def heard(served: Served) -> Iterator[list[str]]:
-    """What a webhook is told, which `amazon-ft deploy --notify` named."""
-    bodies: list[str] = []
-
-    class Webhook(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            bodies.append(self.rfile.read(int(self.headers["content-length"])).decode())
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Webhook) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_API_URL: f"{served.url}/api"}):
-            patch.setenv("PREFECT_API_URL", f"{served.url}/api")
-            url = f"http://127.0.0.1:{server.server_port}"
-            block = CustomWebhookNotificationBlock(name="team", url=url, json_data={"text": "{{subject}} | {{body}}"})
-            block.save("team")
-        served.command("deploy", "--notify", "custom-webhook/team")
-        yield bodies
-        server.shutdown()
+def again(served: Served, finished_run: str, settings: list[str]) -> str:
+    """The same run a second time, once it has ended; its id."""
+    run = served.start(*settings)
+    served.ended(run)
+    return run
 
 
 @pytest.mark.slow("a deployed run")
-def test_second_run_is_all_cached_without_a_child(served: Served, finished_run: str, settings: list[str]) -> None:
-    again = served.start(*settings)
-    assert served.ended(again)["state_type"] == "COMPLETED"
+def test_a_webhook_hears_that_a_model_was_promoted(contended: dict[str, dict[str, Any]], heard: list[str], again: str) -> None:
+    assert until(lambda: any("amazon-ft demo: promoted" in body for body in heard)), heard
+
+
+@pytest.mark.slow("a deployed run")
+def test_second_run_is_all_cached_without_a_child(served: Served, again: str) -> None:
+    assert served.run(again)["state_type"] == "COMPLETED"
     assert served.children(again) == []
     assert set(served.tasks(again).values()) == {"Cached"}
 
 
-@pytest.mark.slow("a deployed run")
-def test_a_webhook_hears_that_a_model_was_promoted(
-    served: Served, finished_run: str, settings: list[str], heard: list[str]
-) -> None:
-    served.ended(served.start(*settings))
-    assert until(lambda: any("amazon-ft demo: promoted" in body for body in heard)), heard
-
-
 @pytest.mark.slow("a deployed run and its training")
 def test_failure_of_the_training_reaches_the_parent_and_a_webhook_in_its_own_words(
-    served: Served, finished_run: str, heard: list[str]
+    served: Served, contended: dict[str, dict[str, Any]], heard: list[str]
 ) -> None:
     run = served.start(*SHORT, "finetune.max_loss=0.001")
     assert served.ended(run)["state_type"] == "FAILED"

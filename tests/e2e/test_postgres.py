@@ -19,7 +19,11 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.served import Served, serve
-from tests.e2e.test_deployed import test_run_completes_and_trains_on_the_cuda_pool, test_second_run_is_all_cached_without_a_child
+from tests.e2e.test_deployed import (
+    again,
+    test_run_completes_and_trains_on_the_cuda_pool,
+    test_second_run_is_all_cached_without_a_child,
+)
 from tests.e2e.test_deployed_faults import test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
@@ -105,6 +109,7 @@ def finished_run(served: Served, postgres: Postgres, settings: list[str]) -> str
 
 
 __all__ = [
+    "again",
     "test_cancelled_parent_cancels_the_training_which_leaves_a_checkpoint",
     "test_run_completes_and_trains_on_the_cuda_pool",
     "test_second_run_is_all_cached_without_a_child",

@@ -22,6 +22,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 LIBRARIES = [
+    "tests.support.uncollected",  # first
     "accelerate",
     "asyncpg",
     "datasets",
@@ -113,6 +114,7 @@ def _become(arguments: list[str], cwd: str, env: dict[str, str], outputs: list[s
     if leader:
         os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
+    gc.enable()
     gc.freeze()  # what was imported stays; collecting it again and again would take longer than a plan
     for number, output in enumerate(outputs, start=1):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)

@@ -21,6 +21,7 @@ from typing import Any
 
 from pydantic import ConfigDict
 
+from tasks.caching.code.loading import collect_rarely
 from tasks.refs import Model, PipelineError, Value
 from tasks.training.errors import first_line, is_out_of_memory
 from tasks.training.inference.likelihood import batches, row_nll
@@ -177,6 +178,7 @@ def _score_apart(request: Request) -> Answers:
 def score_file(asked: Path, told: Path) -> None:
     """Score a request in a process of its own, which never outlives the one that started it."""
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    collect_rarely()
     request = Request.model_validate_json(asked.read_bytes())
     try:
         result = Result(answers=score_here(request))

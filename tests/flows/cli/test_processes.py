@@ -63,6 +63,7 @@ def ran(tiny: Tiny) -> Ended:
 def test_the_log_of_a_run_has_no_bars(ran: Ended) -> None:
     assert "finetune completed" in ran.log
     assert not has_bars(ran.log), ran.log
+    assert "Loading weights" not in ran.log
 
 
 def test_a_base_model_named_relative_to_the_run_is_found_from_elsewhere(tiny: Tiny, ran: Ended, tmp_path: Path) -> None:

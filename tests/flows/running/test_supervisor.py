@@ -53,7 +53,7 @@ if sys.argv[1:]:
     signal.signal(signal.SIGTERM, end)
     print("on", flush=True)
 else:
-    subprocess.Popen([sys.executable, __file__, "run"], start_new_session=True)
+    subprocess.run([sys.executable, __file__, "run"], start_new_session=True)
 time.sleep(900)
 """
 """As `prefect flow-run execute`: its run is in a session of its own, and SIGTERM ends the one without the other."""

@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.training.parallel.dealing import deal, micro_steps
@@ -37,6 +37,7 @@ def work(lengths: Any, share: Any) -> int:
     return sum(int((lengths[pack] ** 2).sum()) for pack in share)
 
 
+@settings(max_examples=40)  # a tenth of a second each
 @given(lengths_of_packs, st.integers(2, 4))
 def test_rows_that_change_packs_are_all_kept_and_fit(packs: list[list[int]], ranks: int) -> None:
     lengths, ends = np.concatenate([np.array(pack) for pack in packs]), np.cumsum([len(pack) for pack in packs])
