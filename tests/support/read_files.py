@@ -20,9 +20,10 @@ def peak_mib() -> int:
     return int(status["VmHWM"].split()[0]) >> 10
 
 
-for name in sys.argv[1:]:
-    config = IngestConfig(sources=(name,), on_bad_row="quarantine", max_bad_share=1)
-    products = ingest.fn(locate_source(config.sources), config)
-    rejected = products.rejects.rows if products.rejects else 0
-    told = {"read": products.lines, "kept": products.data.rows, "rejected": rejected, "dropped": products.dropped}
-    print(json.dumps(told | {"peak_mib": peak_mib()}), flush=True)
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        config = IngestConfig(sources=(name,), on_bad_row="quarantine", max_bad_share=1)
+        products = ingest.fn(locate_source(config.sources), config)
+        rejected = products.rejects.rows if products.rejects else 0
+        told = {"read": products.lines, "kept": products.data.rows, "rejected": rejected, "dropped": products.dropped}
+        print(json.dumps(told | {"peak_mib": peak_mib()}), flush=True)
