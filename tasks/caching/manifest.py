@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -67,9 +68,11 @@ def write_manifest(path: Path, kind: str) -> Manifest:
 
 
 def _synced(file: Path) -> Listed:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-        return Listed(size=file.stat().st_size, sha256=hashlib.file_digest(handle, "sha256").hexdigest())
+    with file.open("rb") as handle, ThreadPoolExecutor(1) as pool:
+        synced = pool.submit(os.fsync, handle.fileno())
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        synced.result()
+        return Listed(size=file.stat().st_size, sha256=digest)
 
 
 def read_names(path: Path) -> list[str]:

@@ -103,11 +103,12 @@ class Rejoined:
 
     def read(self, size: int = -1, /) -> bytes:
         """So many bytes, fewer only at the end; all where the size is negative."""
-        data = bytearray(self._head if size < 0 else self._head[:size])
-        self._head = self._head[len(data) :]
-        while (size < 0 or len(data) < size) and (more := self._stream.read(size - len(data) if size > 0 else -1)):
-            data += more
-        return bytes(data)
+        head, self._head = (self._head, b"") if size < 0 else (self._head[:size], self._head[size:])
+        parts, left = [head], size - len(head)
+        while (size < 0 or left > 0) and (more := self._stream.read(left if size > 0 else -1)):
+            parts.append(more)
+            left -= len(more)
+        return b"".join(filter(None, parts))  # of a single one no copy is made
 
 
 @contextmanager
