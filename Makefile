@@ -1,5 +1,6 @@
 # make run: a fine-tuned adapter from nothing.  make quick: tests while working.  make test: everything CI checks.
 # All of it lives in .venv.
+MAKEFLAGS += -j2
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -27,6 +27,7 @@ from types import FrameType
 import psutil
 
 from flows.running.quiet import log_briefly
+from tasks.caching.code.loading import collect_rarely
 
 LOOK_SECONDS = 0.5
 RUN_SECONDS = 40
@@ -126,6 +127,7 @@ def _run_inner(parent: int, command: Sequence[str]) -> None:
 
     when_parent_is_gone(parent, end)
     log_briefly()
+    collect_rarely()
     sys.argv = [*command]
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 

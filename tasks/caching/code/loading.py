@@ -77,12 +77,12 @@ class FinderOfRead(MetaPathFinder):
 
 
 def collect_rarely() -> None:
-    """Let a process whose work is in libraries' hands look for garbage in all that is old a hundred times more rarely.
+    """Let a process look for garbage in all that is old a tenth as often.
 
-    Of what importing torch and transformers takes, a sixth was going over the modules that are there again and again.
+    Of what importing torch and transformers takes, a tenth was going over the modules that are there again and again.
     """
-    young, middle, _ = gc.get_threshold()
-    gc.set_threshold(young, middle, 1000)
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(young, middle, 10 * old)
 
 
 def load_what_was_read() -> None:
