@@ -81,8 +81,8 @@ def collect_rarely() -> None:
 
     Of what importing torch and transformers takes, a tenth was going over the modules that are there again and again.
     """
-    young, middle, old = gc.get_threshold()
-    gc.set_threshold(young, middle, 10 * old)
+    young, middle, _ = gc.get_threshold()
+    gc.set_threshold(young, middle, 100)
 
 
 def load_what_was_read() -> None:
