@@ -77,9 +77,9 @@ class FinderOfRead(MetaPathFinder):
 
 
 def collect_rarely() -> None:
-    """Let a process look for garbage in all that is old a tenth as often.
+    """Let a process look for garbage in all that is old a tenth as often as Python does.
 
-    Of what importing torch and transformers takes, a tenth was going over the modules that are there again and again.
+    While torch and transformers are imported, it would go over the modules that are there again and again (tests/bench/LOG.md).
     """
     young, middle, _ = gc.get_threshold()
     gc.set_threshold(young, middle, 100)
