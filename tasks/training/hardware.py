@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 GIB = 2**30
 DType = Literal["bfloat16", "float16", "float32"]
-LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "unsloth", "unsloth_zoo")
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "unsloth", "unsloth_zoo", "flash-attn-4")
 """Packages whose versions decide what training comes to."""
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 SIDES = ("fp8", "plain", "hf")
 STEPS, WARM = 50, 15
-"""Of a training, and how many of them are not timed: they compile."""
+"""Of a training, and how many of them are not timed: they compile. One of the windows after them writes a checkpoint."""
 LOGGING_STEPS = 5
 RESUMED_STEPS = 20
 RESUMED = {"two": "0,1", "one": "2", "again": "3"}
@@ -133,11 +134,18 @@ def train_on_some(
     job = Job(directory_model(model, name=model.name), rows, packed, config, longest, resolved, work, resume=newest_intact(work))
     peak = train_job(job)
     records = read_log(work / LOG)
-    warm = min(WARM, steps - logged)
+    ends = range(min(WARM, steps - logged), steps, logged)
+    windows = [
+        round(
+            sum(record.tokens for record in records[end : end + logged])
+            / (records[end + logged - 1].seconds - records[end - 1].seconds),
+            1,
+        )
+        for end in ends
+    ]
     return {
-        "tokens_per_second": round(
-            sum(record.tokens for record in records[warm:]) / (records[-1].seconds - records[warm - 1].seconds), 1
-        ),
+        "tokens_per_second": statistics.median(windows),
+        "windows": windows,
         "peak_gib": peak,
         "memory_gib": records[-1].memory_gib,
         "losses": [record.loss for record in records],

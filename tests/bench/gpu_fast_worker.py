@@ -80,10 +80,14 @@ def profile(model: Path, data: Path, device: str, held: str) -> dict[str, Any]:
 
 
 def attention(model: Path, data: Path, device: str) -> dict[str, Any]:
-    """Milliseconds of a layer's attention, forward and backward, when told the true sizes of a pack and the largest of all."""
+    """Milliseconds of a layer's attention, forward and backward, when told the true sizes of a pack and the largest of all.
+
+    By FlashAttention-4 too, where that is installed.
+    """
     from datasets import Dataset
     from triton.testing import do_bench
 
+    from tasks.training.fast.attention import flash4_kernels
     from tasks.training.fast.backend import gpu_collator, max_lengths
 
     packs: Any = Dataset.from_file(str(data / "packs.arrow"))
@@ -92,23 +96,28 @@ def attention(model: Path, data: Path, device: str) -> dict[str, Any]:
     heads, groups = LLAMA3_8B["num_attention_heads"], LLAMA3_8B["num_key_value_heads"]
     size = LLAMA3_8B["hidden_size"] // heads
     told: dict[str, Any] = {"largest": [collate.rows, most.row], "sizes": [], "ms_true": [], "ms_largest": []}
+    if flash4_kernels() is not None:
+        told["ms_flash4"] = []
     for pack in packs.select(range(PACKS)):
         batch = collate([pack])
+        flash4 = [("ms_flash4", batch["sizes"])] if "ms_flash4" in told else []
         shapes = [(collate.tokens, some, size) for some in (heads, groups, groups)]
         parts = [torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
         bounds, grad = batch["bounds"].to(device), torch.randn(shapes[0], device=device, dtype=torch.bfloat16)
-        for name, sizes in (("ms_true", batch["sizes"]), ("ms_largest", told["largest"])):
-            step = partial(attend_and_back, parts, grad, bounds, torch.tensor(sizes))
+        for name, sizes in (("ms_true", batch["sizes"]), ("ms_largest", told["largest"]), *flash4):
+            step = partial(attend_and_back, parts, grad, bounds, torch.tensor(sizes), name.endswith("flash4"))
             told[name].append(round(do_bench(step, warmup=20, rep=100, grad_to_none=parts, return_mode="median"), 4))
         told["sizes"].append(list(batch["sizes"]))
-    return told | {f"median_{name}": sorted(told[name])[PACKS // 2] for name in ("ms_true", "ms_largest")}
+    return told | {f"median_{name}": sorted(times)[PACKS // 2] for name, times in told.items() if name.startswith("ms_")}
 
 
-def attend_and_back(parts: list[torch.Tensor], grad: torch.Tensor, bounds: torch.Tensor, sizes: torch.Tensor) -> None:
+def attend_and_back(
+    parts: list[torch.Tensor], grad: torch.Tensor, bounds: torch.Tensor, sizes: torch.Tensor, flash4: bool
+) -> None:
     """What is timed."""
     from tasks.training.fast.attention import attend
 
-    attend(*parts, bounds, sizes).backward(grad)
+    attend(*parts, bounds, sizes, flash4=flash4).backward(grad)
 
 
 def correct(model: Path, data: Path, device: str) -> dict[str, Any]:

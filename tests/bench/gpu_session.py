@@ -18,6 +18,7 @@ written all the while, so that a killed session keeps what it has measured.
     versions   the same losses by each Unsloth in CARRIED/unsloth-VERSION (pip install --target)
     speed, profile, attention, correct, capped       the fast backend: tests/bench/gpu_fast.py
     devices, devices-fp8, devices-plain, devices-hf  one training on N GPUs, else all: tests/bench/gpu_devices.py
+    locks      two trainings of a Prefect server at once, one on each of two GPUs; one on both, for which one waits
     resumed    a training on all GPUs, from its half on again on two and on one: tests/bench/gpu_devices.py
     tests      pytest -m gpu
 
@@ -49,6 +50,7 @@ from flows.running.gpus import visible_gpus
 from tasks.caching import files
 from tests.bench import gpu_devices, gpu_fast
 from tests.bench.gpu_handover import both_deployed
+from tests.bench.gpu_locks import locks
 from tests.bench.gpu_prepare import grow
 from tests.bench.gpu_small import alone, small, versions
 from tests.bench.gpu_timing import steps, timing
@@ -166,6 +168,7 @@ PHASES: dict[str, Callable[[Session, dict[str, Any]], None]] = {
     "versions": versions,
     **gpu_fast.PHASES,
     **gpu_devices.PHASES,
+    "locks": locks,
     "tests": gpu_tests,
 }
 

@@ -47,6 +47,8 @@ class RowBounds(NamedTuple):
     """[rows, tokens of the longest]; on the CPU."""
     blocks: Any = None
     """Of seen_blocks, for attention with capped scores on a GPU."""
+    flash4: bool = False
+    """Whether FlashAttention-4 computes it there."""
 
 
 class Norms(NamedTuple):
@@ -149,7 +151,7 @@ def block(x: Tensor, cos: Tensor, sin: Tensor, rows: RowBounds, maps: Sequence[M
     q, k = _norm_heads(q, norms.queries, layer), _norm_heads(k, norms.keys, layer)
     if layer.rotary:
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    mixed = attend(q, k, v, rows.bounds, rows.sizes, layer.scores, rows.blocks)
+    mixed = attend(q, k, v, rows.bounds, rows.sizes, layer.scores, rows.blocks, flash4=rows.flash4)
     x = _add(x, _norm(_apply(out_of_heads, mixed.reshape(len(x), -1), layer), norms.after_attention, layer), layer)
     widened = _apply(widen, _norm(x, norms.before_gate, layer), layer, lora_linear.GATED[layer.gate])
     return _add(x, _norm(_apply(narrow, widened, layer), norms.after_gate, layer), layer)

@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from tasks.training.fast import frozen
-from tasks.training.fast.attention import Scores, seen_blocks
+from tasks.training.fast.attention import Scores, flash4_agrees, seen_blocks
 from tasks.training.fast.frozen import Kind
 from tasks.training.fast.layers import Layer, RowBounds, block, common_config, put_adapters, rms_norm, take_over
 from tasks.training.fast.loss import IGNORED, Logits, linear_loss
@@ -52,6 +52,9 @@ class PackedLlama:
         self._layers += taken
         wrapped.to(place)
         self._positions = Positions(self._body.rotary_emb, list(dict.fromkeys(layer.positions for layer in self._layers)))
+        heads = (self._config.query_heads, self._config.key_heads, self._config.head_size)
+        self._kinds = list(dict.fromkeys(layer.config.scores for layer in self._layers))
+        self._flash4 = flash4_agrees(heads, self._kinds, place, self._head.dtype)
         self._embedding = float(getattr(config, "embedding_multiplier", 1.0))
         self._logits = Logits(float(getattr(config, "logits_scaling", 1.0)), getattr(config, "final_logit_softcapping", None))
         self._checkpointed, self._compiled = checkpointed, compiled
@@ -102,9 +105,10 @@ class PackedLlama:
 
     def _rows(self, batch: Mapping[str, Any], x: Tensor) -> dict[Scores, RowBounds]:
         """Where a batch's rows are, for each kind of layer."""
-        rows = RowBounds(batch["bounds"], torch.tensor(batch["sizes"]))
-        kinds = {layer.config.scores for layer in self._layers}
-        return {kind: rows._replace(blocks=seen_blocks(rows.bounds, x, kind)) for kind in kinds}
+        rows = RowBounds(batch["bounds"], torch.tensor(batch["sizes"]), flash4=self._flash4)
+        if self._flash4:
+            return dict.fromkeys(self._kinds, rows)
+        return {kind: rows._replace(blocks=seen_blocks(rows.bounds, x, kind)) for kind in self._kinds}
 
     def _refresh(self, maps: Sequence[Map], dtype: torch.dtype) -> None:
         """Put a layer's adapters as they are now beside its frozen matrices.
