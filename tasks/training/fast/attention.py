@@ -172,7 +172,7 @@ def _flash4_distance(heads: tuple[int, int, int], scores: Scores, device: torch.
     with torch.enable_grad():
         wide, narrow = [part.float().requires_grad_() for part in (q, k, v)], [part.requires_grad_() for part in (q, k, v)]
         found = flash(q, k, v, torch.tensor(bounds, dtype=torch.int32, device=device), sizes, True, *scores)[0]
-        wanted = attend_rows(*wide, bounds, scores)
+        wanted = attend_rows(*wide, bounds=bounds, scores=scores)
         pairs = [(found, wanted)]
         pairs += zip(torch.autograd.grad(found, narrow, grad), torch.autograd.grad(wanted, wide, grad.float()), strict=True)
     return max(float((one.detach().float() - other.detach()).norm() / other.detach().norm()) for one, other in pairs)
