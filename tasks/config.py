@@ -209,7 +209,7 @@ class IngestConfig(Section):
     """Code points U+0080 to U+009F to the Windows-1252 characters they were meant to be; conversations stay as they are."""
     max_inflation: int = aside(200, ge=1)
     """A compressed file that unpacks to more than so many times its size is refused as a decompression bomb."""
-    block_bytes: int = aside(4 * 2**20, ge=2**16, le=2**30)
+    block_bytes: int = aside(6 * 2**20, ge=2**16, le=2**30)
     """Bytes parsed at a time by one thread; bounds memory, never changes the result."""
 
 

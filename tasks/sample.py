@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 FILE = "products.arrow"
 GATHER_ROWS = 32_768
 """Rows taken from the input at a time; more of them mean fewer passes over its batches."""
-DRAW_ROWS = 65_536
+DRAW_ROWS = LOOK_ROWS = 65_536
+"""Rows drawn, and looked at for equals, at a time; fewer take longer, as a call of Polars costs as much as a thousand titles."""
 IRREGULAR = ("  ", *(chr(code) for code in (*range(0x09, 0x0E), *range(0x1C, 0x20))))
 """White space of ASCII that `normalised` changes within a text."""
 
@@ -174,17 +175,17 @@ def equal_rows(table: pa.Table, texts: Collection[Text]) -> Iterator[tuple[int, 
     """Rows whose normalised title and content are among the texts, each with its text."""
     import pyarrow as pa
 
-    titles, start = {title for title, _ in texts}, 0
-    for batch in table.to_batches() if texts else ():
-        rows = _maybe_titled(batch["title"], titles)
-        for row, title in zip(rows.tolist(), batch["title"].take(pa.array(rows)).to_pylist(), strict=True):
+    titles = {title for title, _ in texts}
+    for start, end in batch_ranges(table.num_rows if texts else 0, LOOK_ROWS):
+        part = table.slice(start, end - start)
+        rows = _maybe_titled(part["title"], titles)
+        for row, title in zip(rows.tolist(), part["title"].take(pa.array(rows)).to_pylist(), strict=True):
             normal = normalised(title)
-            if normal in titles and (text := (normal, normalised(batch["content"][row].as_py()))) in texts:
+            if normal in titles and (text := (normal, normalised(part["content"][row].as_py()))) in texts:
                 yield start + row, text
-        start += batch.num_rows
 
 
-def _maybe_titled(titles: pa.StringArray, wanted: Collection[str]) -> Rows:
+def _maybe_titled(titles: pa.ChunkedArray, wanted: Collection[str]) -> Rows:
     """Row numbers of the titles that may be among the wanted ones once normalised.
 
     A regular ASCII title only needs its case folded; the others are for the caller to look at.

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from flows.recipes import load_recipe
+from tasks.caching.code.loading import collect_rarely
 from tasks.caching.stage import Stage
 from tasks.ingest import ingest
 from tasks.reading.model_files import directory_tokenizer
@@ -65,5 +66,6 @@ def told(seconds: Mapping[str, float]) -> str:
 
 
 if __name__ == "__main__":
+    collect_rarely()  # as a run's process does
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     sys.stdout.write(told(time_stages(*sys.argv[1:])) + "\n")

@@ -10,14 +10,18 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 from uuid import uuid4
 
 from tasks.refs import NoSpaceError, home
 
 RACY_SECONDS = 0.1
 """A file changed this recently may change again within one tick of the clock, so its digest is not memoised."""
+PIECE_BYTES = 2**20
+"""Read at a time to be digested; of smaller ones the threads' turns take longer than their reading."""
 
 
 def file_digest(path: Path) -> str:
@@ -33,12 +37,23 @@ def file_digest(path: Path) -> str:
         with suppress(OSError):  # a file system that knows no sync
             os.fsync(file.fileno())
         stat = os.fstat(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = read_digest(file)
     after = path.stat()
     settled = time.time() - max(after.st_mtime, after.st_ctime) > RACY_SECONDS
     if settled and (after.st_mtime_ns, after.st_ctime_ns, after.st_size) == (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size):
         _remember(_identity(stat), digest)
     return digest
+
+
+def read_digest(file: IO[bytes]) -> str:
+    """SHA-256 of what is left to read of a file, 64 hex digits; the next piece is read while one is digested."""
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(file.read, PIECE_BYTES)
+        while piece := ahead.result():
+            ahead = reader.submit(file.read, PIECE_BYTES)
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _identity(stat: os.stat_result) -> str:

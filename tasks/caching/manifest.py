@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from tasks.caching.files import file_digest, text_digest, write_atomic
+from tasks.caching.files import file_digest, read_digest, text_digest, write_atomic
 from tasks.refs import Value
 
 MANIFEST = "manifest.json"
@@ -62,7 +62,9 @@ class Damage(NamedTuple):
 def write_manifest(path: Path, kind: str) -> Manifest:
     """Sync every file below a directory to disk, and then describe them in its manifest."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and file != path / MANIFEST)
-    manifest = Manifest(kind=kind, files={str(file.relative_to(path)): _synced(file) for file in files})
+    with ThreadPoolExecutor() as pool:
+        listed = zip(files, pool.map(_synced, files), strict=True)
+        manifest = Manifest(kind=kind, files={str(file.relative_to(path)): entry for file, entry in listed})
     write_atomic(path / MANIFEST, manifest.text.encode())
     return manifest
 
@@ -70,7 +72,7 @@ def write_manifest(path: Path, kind: str) -> Manifest:
 def _synced(file: Path) -> Listed:
     with file.open("rb") as handle, ThreadPoolExecutor(1) as pool:
         synced = pool.submit(os.fsync, handle.fileno())
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        digest = read_digest(handle)
         synced.result()
         return Listed(size=file.stat().st_size, sha256=digest)
 

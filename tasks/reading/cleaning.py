@@ -115,8 +115,4 @@ def _replaced(texts: pl.Series, table: Mapping[str, str]) -> pl.Series:
 
 def _put(texts: pl.Series, held: pl.Series, new: pl.Series) -> pl.Series:
     """The texts with those that are held replaced by the new ones, in order."""
-    import polars as pl
-
-    rows = np.arange(len(texts))
-    rows[held.to_numpy()] = np.arange(len(texts), len(texts) + len(new))
-    return pl.concat([texts, new]).gather(rows).alias(texts.name)
+    return texts.clone().scatter(held.arg_true(), new)

@@ -40,8 +40,8 @@ def choose_encoder(backend: Backend, turns: pa.RecordBatch, width: int, template
     if shape is None:
         return None
     whole = encode_whole(backend, turns, width, template)
-    for encoder in (make_encoder(backend, plain=plain), BatchEncoder(backend, plain=plain)):
-        candidate = TurnEncoder(shape, encoder)
+    for make in (make_encoder, BatchEncoder):
+        candidate = TurnEncoder(shape, make(backend, plain=plain))
         ids, learnt = candidate.join(candidate.encode(turns), width)
         if ids.equals(whole.ids) and np.array_equal(learnt, whole.learnt):
             return candidate
