@@ -33,6 +33,8 @@ LOGGING_STEPS = 5
 RESUMED_STEPS = 20
 RESUMED = {"two": "0,1", "one": "2", "again": "3"}
 """Which GPUs each training gets that goes on where that on all was at its half."""
+SHARED_LAYERS: dict[str, tuple[str, ...]] = {"cuda": (), "cpu": ("3",)}
+"""Of the model that is shared out: all, or on a CPU a few, narrow ones."""
 HF_ROWS = 4
 """Rows of a step of `hf` for each pack of one of `fast`."""
 
@@ -55,6 +57,38 @@ def devices(session: Session, found: dict[str, Any], sides: tuple[str, ...] = SI
             "times_one": round(runs["all"]["tokens_per_second"] / runs["one"]["tokens_per_second"], 3),
             "apart": {name: apart(runs["one"], runs[name]) for name in ("again", "all")},
         }
+
+
+def scaling(session: Session, found: dict[str, Any]) -> None:
+    """`amazon-ft bench train --devices N`, of fp8 and of bf16."""
+    from tests.bench.gpu_fast import called
+
+    target = session.work / "scaling.json"
+    words = ["--model", str(session.llama), "--data", str(session.home / "speed" / "turns-3"), "--json", str(target)]
+    words += [word for side in (("plain",) if session.rehearse else ("fp8", "plain")) for word in ("--held", side)]
+    called(session, "scaling", "flows.cli", "bench", "train", "--devices", str(session.devices), *words)
+    found |= json.loads(target.read_text())
+
+
+def shared(session: Session, found: dict[str, Any]) -> None:
+    """A model that one GPU can't train, over all of them: tests/bench/gpu_shared.py."""
+    from tests.bench.gpu_fast import called
+
+    model, device = session.work / "llama-3-70b", session.device
+    called(
+        session, "make-shared", "tests.bench.gpu_shared", "make", str(session.home / "tok"), str(model), *SHARED_LAYERS[device]
+    )
+    for held in ("plain",) if session.rehearse else ("fp8", "nf4"):
+        words = (
+            str(model),
+            str(session.home / "speed" / "turns-3"),
+            device,
+            held,
+            str(session.devices),
+            str(session.work / held),
+        )
+        told = called(session, f"shared-{held}", "tests.bench.gpu_shared", "train", *words)
+        found[held] = json.loads(told.splitlines()[-1].removeprefix("RESULT "))
 
 
 def resumed(session: Session, found: dict[str, Any]) -> None:
@@ -176,6 +210,8 @@ def unpack(packs: Path, target: Path) -> Path:
 PHASES: dict[str, Callable[[Session, dict[str, Any]], None]] = {
     "devices": devices,
     "resumed": resumed,
+    "scaling": scaling,
+    "shared": shared,
     **{f"devices-{side}": partial(devices, sides=(side,)) for side in SIDES},
 }
 

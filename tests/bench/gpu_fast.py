@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
 from typing import TYPE_CHECKING, Any
 
-from flows.running.gpus import VISIBLE
+from flows.running.gpus import VISIBLE, visible_gpus
 from tests.bench.gpu_small import make_model
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 SIDES = {1: ("fp8", "fp8-backward"), 3: ("fp8", "fp8-backward", "plain")}
 """{turns of a conversation: how the base model is held}; the document's code runs beside them."""
+SHAPES = ("llama-3-8b", "gemma-2-9b", "qwen2.5-7b", "mistral-7b-v0.3", "llama-3.1-8b")
 CAPS_GIB = (12.0, 24.0)
 
 
@@ -27,6 +30,27 @@ def speed(session: Session, found: dict[str, Any]) -> None:
         options += ["--model", str(session.llama), "--data", str(data), "--json", str(target)]
         called(session, f"speed-{turns}", "flows.cli", "bench", "train", "--against", "document", *options)
         found[f"turns_{turns}"] = json.loads(target.read_text())
+
+
+def shapes(session: Session, found: dict[str, Any]) -> None:
+    """`amazon-ft bench train --shape` of each, on random weights; at once, as far as there are GPUs, one on each."""
+    free = Queue[str | None]()
+    for name in [gpu.index for gpu in visible_gpus()] or [None]:
+        free.put(name)
+
+    def measure(name: str) -> None:
+        gpu, target = free.get(), session.work / f"shape-{name}.json"
+        words = ["--model", str(session.home / "tok"), "--shape", name, "--held", "fp8", "--held", "plain"]
+        words = ["--held", "plain"] if session.rehearse else words
+        words += ["--data", str(session.home / "speed" / "turns-3"), "--json", str(target)]
+        try:
+            called(session, f"shape-{name}", "flows.cli", "bench", "train", *words, visible=gpu)
+            found[name] = json.loads(target.read_text())
+        finally:
+            free.put(gpu)
+
+    with ThreadPoolExecutor(free.qsize()) as pool:
+        list(pool.map(measure, SHAPES[:1] if session.rehearse else SHAPES))
 
 
 def profile(session: Session, found: dict[str, Any]) -> None:
@@ -88,6 +112,7 @@ def called(session: Session, name: str, module: str, *arguments: str, visible: s
 
 PHASES: dict[str, Callable[[Session, dict[str, Any]], None]] = {
     "speed": speed,
+    "shapes": shapes,
     "profile": profile,
     "attention": attention,
     "correct": correct,

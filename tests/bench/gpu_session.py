@@ -16,8 +16,9 @@ written all the while, so that a killed session keeps what it has measured.
     small      SmolLM2-135M: losses against three runs of the document's code; recipes judged on the same answers
     alone      SmolLM2-135M: seconds of as-written and of fast with nothing else on the GPU
     versions   the same losses by each Unsloth in CARRIED/unsloth-VERSION (pip install --target)
-    speed, profile, attention, correct, capped       the fast backend: tests/bench/gpu_fast.py
+    speed, shapes, profile, attention, correct, capped  the fast backend: tests/bench/gpu_fast.py
     devices, devices-fp8, devices-plain, devices-hf  one training on N GPUs, else all: tests/bench/gpu_devices.py
+    scaling, shared                                  `bench train --devices N`; a 70B shape over all GPUs
     locks      two trainings of a Prefect server at once, one on each of two GPUs; one on both, for which one waits
     resumed    a training on all GPUs, from its half on again on two and on one: tests/bench/gpu_devices.py
     tests      pytest -m gpu

@@ -120,7 +120,7 @@ def _write(path: Path, content: dict[str, object]) -> None:
 def tiny_reference(path: Path) -> Model:
     """What the model stage would hand on for a tiny model's directory."""
     tokenizer = Tokenizer(path=str(path), digest="tiny", special=Special(bos=BOS, eos=EOS))
-    return Model(path=str(path), digest="tiny", name="org/tiny", tokenizer=tokenizer)
+    return Model(path=str(path), digest=path.name, name="org/tiny", tokenizer=tokenizer)
 
 
 def tiny_tokens(rows: int, *, seed: int = 0, kind: str = "tokens") -> Artifact:

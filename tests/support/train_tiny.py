@@ -1,6 +1,8 @@
 """Trains a tiny model in a process of its own: to be killed, or to be patched by Unsloth.
 
 python -m tests.support.train_tiny MODEL_DIR CONFIG_JSON...   a line a training: {"adapter": Adapter, "environment": {...}}
+
+A configuration's "model" names the directory of another model.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ def train(model: Model, batches: Artifact, **changes: Any) -> Adapter:
 
 if __name__ == "__main__":
     for changes in sys.argv[2:]:
-        adapter = train(tiny_reference(Path(sys.argv[1])), tiny_tokens(40), **json.loads(changes))
+        config = json.loads(changes)
+        adapter = train(tiny_reference(Path(config.pop("model", sys.argv[1]))), tiny_tokens(40), **config)
         unsloth = {name: value for name, value in os.environ.items() if name.startswith("UNSLOTH_")}
         print(json.dumps({"adapter": adapter.model_dump(), "environment": unsloth}))

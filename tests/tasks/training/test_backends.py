@@ -26,10 +26,12 @@ from tasks.finetune import finetune, load_backend
 from tasks.refs import Adapter, ConfigError, InputError, Model, PipelineError
 from tasks.training import hardware, memory, model_shape
 from tasks.training.checkpoints import checkpoints, step_of
+from tasks.training.fast.families import FAMILIES
 from tasks.training.inference.scoring import Request, Result, score, score_here
 from tasks.training.loading import load_base
 from tasks.training.unsloth import import_unsloth
 from tasks.training.watch import StepRecord, read_log
+from tests.support.families import lora_of, tiny_base
 from tests.support.tiny import make_tiny_model, tiny_reference, tiny_tokens
 from tests.support.train_tiny import inputs, train
 
@@ -131,6 +133,23 @@ def test_dora_and_a_trained_head_are_saved_as_plain_peft_loads_them(model: Model
     assert sum("lora_magnitude_vector" in name for name in names) == 2
     head = tuned.get_base_model().lm_head
     assert not head.modules_to_save["default"].weight.equal(head.original_module.weight)
+
+
+def test_unsloth_trains_a_model_of_each_family_as_hf_does(root: Path, model: Model) -> None:
+    needs_unsloth()
+    configs: list[dict[str, Any]] = []
+    for name in FAMILIES:
+        path = make_tiny_model(root / name, vocabulary=440)
+        (path / "model.safetensors").unlink()
+        tiny_base(name).save_pretrained(path)
+        few = {"max_steps": 3, "logging_steps": 1, "save_steps": 3, "warmup_steps": 0, "lora": lora_of(name).model_dump()}
+        configs.append(few | {"model": str(path)})
+    apart = train_apart(root, model, *configs)
+    for name, config, made in zip(FAMILIES, configs, apart, strict=True):
+        path = Path(config.pop("model"))
+        wanted = [record.loss for record in log_of(train(tiny_reference(path), tiny_tokens(40), **config))]
+        found = [record.loss for record in log_of(Adapter(**made["adapter"]))]
+        assert found == pytest.approx(wanted, abs=0.01 if name == "gemma2" else 1e-6), name  # on a CPU it leaves the caps out
 
 
 def test_fast_is_refused_with_what_it_does_not_train() -> None:
