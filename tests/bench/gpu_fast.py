@@ -41,7 +41,7 @@ def shapes(session: Session, found: dict[str, Any]) -> None:
     def measure(name: str) -> None:
         gpu, target = free.get(), session.work / f"shape-{name}.json"
         words = ["--model", str(session.home / "tok"), "--shape", name, "--held", "fp8", "--held", "plain"]
-        words = ["--held", "plain"] if session.rehearse else words
+        words = ["--model", str(session.llama), "--held", "plain"] if session.rehearse else words
         words += ["--data", str(session.home / "speed" / "turns-3"), "--json", str(target)]
         try:
             called(session, f"shape-{name}", "flows.cli", "bench", "train", *words, visible=gpu)

@@ -208,12 +208,16 @@ def flash(
 
 
 def _left(window: int | None, longest: int) -> int | None:
-    """The tokens before each that it sees; None: all, for what need not be masked takes less time."""
+    """The tokens before each that it sees; None: all, for what need not be masked takes less time.
+
+    >>> _left(100, 500), _left(4096, 500)
+    (99, None)
+    """
     return None if window is None or window >= longest else window - 1
 
 
 def _how4(bounds: Tensor, longest: int, scale: float | None, window: int | None, cap: float | None) -> dict[str, Any]:
-    """What FlashAttention-4 is told beside the tensors."""
+    """FlashAttention-4's arguments beside the tensors."""
     where = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest}
     return where | {"causal": True, "softmax_scale": scale, "window_size_left": _left(window, longest), "softcap": cap or 0.0}
 
