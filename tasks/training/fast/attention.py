@@ -31,7 +31,7 @@ HOPPER = 9
 TRIED_ROWS, TRIED_WINDOW = (200, 7, 93), 50
 """Tokens of the rows that FlashAttention-4 is tried with; and what layers that see a window see of them."""
 NEAR = 0.02
-"""Relative distance from float32 of what it gives in bfloat16: twice torch's flash attention's."""
+"""Relative distance from float32 that it may have in bfloat16; the tests ask no more of torch's flash attention."""
 
 
 class Scores(NamedTuple):
@@ -208,7 +208,7 @@ def flash(
 
 
 def _left(window: int | None, longest: int) -> int | None:
-    """The tokens before each that it sees; None: all, for what need not be masked takes less time.
+    """The tokens before each that it sees; None: all, as where no row is longer.
 
     >>> _left(100, 500), _left(4096, 500)
     (99, None)
