@@ -198,7 +198,7 @@ def flash(
     rows, longest = sizes.tolist()
     bounds = bounds[: rows + 1]
     if flash4:
-        how = _how4(bounds, longest, scale, window, cap)
+        how = _how4(bounds, longest, scale, window) | {"score_mod": _caps4(cap).get("score_mod")}
         out, log_sums, *_ = flash4_kernels()._flash_attn_fwd(q, k, v, return_lse=True, **how)
         return out, log_sums
     out, log_sums, *_ = torch.ops.aten._flash_attention_forward(
@@ -216,10 +216,19 @@ def _left(window: int | None, longest: int) -> int | None:
     return None if window is None or window >= longest else window - 1
 
 
-def _how4(bounds: Tensor, longest: int, scale: float | None, window: int | None, cap: float | None) -> dict[str, Any]:
+@cache
+def _caps4(cap: float | None) -> dict[str, Any]:
+    """What FlashAttention-4 does to scores and to their gradients; given a cap, it makes, reads and hashes them at each call."""
+    if cap is None:
+        return {}
+    utils = flash4_kernels().utils
+    return {"score_mod": utils.create_softcap_scoremod(cap), "score_mod_bwd": utils.create_softcap_scoremod_bwd(cap)}
+
+
+def _how4(bounds: Tensor, longest: int, scale: float | None, window: int | None) -> dict[str, Any]:
     """FlashAttention-4's arguments beside the tensors."""
     where = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest}
-    return where | {"causal": True, "softmax_scale": scale, "window_size_left": _left(window, longest), "softcap": cap or 0.0}
+    return where | {"causal": True, "softmax_scale": scale, "window_size_left": _left(window, longest)}
 
 
 @flash.register_fake
@@ -246,7 +255,7 @@ def flash_backward(
     rows, longest = sizes.tolist()
     bounds = bounds[: rows + 1]
     if flash4:
-        how = _how4(bounds, longest, scale, window, cap)
+        how = _how4(bounds, longest, scale, window) | _caps4(cap)
         dq, dk, dv = flash4_kernels()._flash_attn_bwd(q, k, v, out, grad, log_sums, **how)
         return dq, dk, dv
     none = torch.empty(2, dtype=torch.uint64, device=q.device)  # random state: nothing is dropped

@@ -4,12 +4,14 @@
     dx = g W + (g B) A     is   [g | g B] [W ; A]
 
 as one matrix product, where that moves fewer bytes than two. How W, A and B lie in memory: tasks/training/fast/frozen.py.
-Gate and up are one map whose halves go through SwiGLU; its gradient is taken with the map's, which needs it in fp8.
+Gate and up are one map, whose halves become silu(gate) * up or gelu(gate) * up; the gradient of that is taken with the map's,
+which needs it in fp8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,19 +26,16 @@ def apply(kind: Kind, x: Tensor, a: Tensor, b: Tensor, base: Sequence[Tensor]) -
     return {"plain": _Plain, "fp8": _Fp8, "fp8-backward": _Fp8Backward, "nf4": _Nf4}[kind].apply(x, a, b, *base)
 
 
-def apply_swiglu(kind: Kind, x: Tensor, a: Tensor, b: Tensor, base: Sequence[Tensor]) -> Tensor:
-    """silu(gate) * up of the map with its adapter, which gives both side by side: x (rows, in) to (rows, out / 2)."""
-    in_fp8 = {"fp8": _Fp8SwiGLU, "fp8-backward": _Fp8BackwardSwiGLU}
-    return in_fp8[kind].apply(x, a, b, *base) if kind in in_fp8 else _SwiGLU.apply(apply(kind, x, a, b, base))
+def apply_gated(kind: Kind, x: Tensor, a: Tensor, b: Tensor, base: Sequence[Tensor], *, gelu: bool) -> Tensor:
+    """silu(gate) * up, or gelu(gate) * up, of the map with its adapter, which gives both side by side.
+
+    x (rows, in) to (rows, out / 2); gelu is the one by a tangent hyperbolic.
+    """
+    in_fp8 = {"fp8": _Fp8Gated, "fp8-backward": _Fp8BackwardGated}
+    return in_fp8[kind].apply(gelu, x, a, b, *base) if kind in in_fp8 else _Gated.apply(gelu, apply(kind, x, a, b, base))
 
 
-def apply_geglu(kind: Kind, x: Tensor, a: Tensor, b: Tensor, base: Sequence[Tensor]) -> Tensor:
-    """gelu(gate) * up, gelu by its tangent hyperbolic, as apply_swiglu but with no kernel of its own."""
-    gate, up = apply(kind, x, a, b, base).chunk(2, 1)
-    return functional.gelu(gate, approximate="tanh") * up
-
-
-GATED = {"silu": apply_swiglu, "gelu_pytorch_tanh": apply_geglu}
+GATED = {"silu": partial(apply_gated, gelu=False), "gelu_pytorch_tanh": partial(apply_gated, gelu=True)}
 """By the activation's name in transformers."""
 
 
@@ -148,91 +147,95 @@ def _unpack(packed: Tensor, scales: Tensor, x: Tensor, b: Tensor) -> Tensor:
     return torch.ops.bitsandbytes.dequantize_4bit(packed[:, None], scales, NF4_BLOCK, "nf4", shape, x.dtype)
 
 
-# SwiGLU
+# Gates
 
 
-class _SwiGLU(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        ctx.save_for_backward(*args)
-        return _swiglu(*args)
+        ctx.gelu, both = args
+        ctx.save_for_backward(both)
+        return _gated(both, ctx.gelu)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return swiglu_backward(*grads, *ctx.saved_tensors)
+        return None, gated_backward(*grads, *ctx.saved_tensors, ctx.gelu)
 
 
-class _Fp8SwiGLU(torch.autograd.Function):
+class _Fp8Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        x, a, b, w, ws, wt, wts, balance, balance_t = args
+        ctx.gelu, x, a, b, w, ws, wt, wts, balance, balance_t = args
         low = x @ a.t()
         both = _fp8_product(x, low, w, ws, balance)
         ctx.save_for_backward(x, low, both, b, wt, wts, balance_t)
-        return _swiglu(both)
+        return _gated(both, ctx.gelu)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return *_swiglu_gradients_in_fp8(*grads, *ctx.saved_tensors), None, None, None, None, None, None
+        return None, *_gated_gradients_in_fp8(*grads, *ctx.saved_tensors, ctx.gelu), None, None, None, None, None, None
 
 
-class _Fp8BackwardSwiGLU(torch.autograd.Function):
+class _Fp8BackwardGated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        x, a, b, weight, wt, wts, balance_t = args
+        ctx.gelu, x, a, b, weight, wt, wts, balance_t = args
         low = x @ a.t()
         both = _extended_product(x, low, weight.t())
         ctx.save_for_backward(x, low, both, b, wt, wts, balance_t)
-        return _swiglu(both)
+        return _gated(both, ctx.gelu)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return *_swiglu_gradients_in_fp8(*grads, *ctx.saved_tensors), None, None, None, None
+        return None, *_gated_gradients_in_fp8(*grads, *ctx.saved_tensors, ctx.gelu), None, None, None, None
 
 
-def _swiglu(both: Tensor) -> Tensor:
+def _gated(both: Tensor, gelu: bool) -> Tensor:
     gate, up = both.chunk(2, 1)
-    return functional.silu(gate) * up
+    return (functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)) * up
 
 
-def _swiglu_gradients_in_fp8(grad: Tensor, x: Tensor, low: Tensor, *map_back: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dx, g, low_g = swiglu_map_backward(grad, *map_back)
+def _gated_gradients_in_fp8(grad: Tensor, x: Tensor, low: Tensor, *map_back: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dx, g, low_g = gated_map_backward(grad, *map_back)
     return dx, low_g.t() @ x, g.t() @ low
 
 
-@torch.library.custom_op("amazon_ft::swiglu_backward", mutates_args=())
-def swiglu_backward(grad: Tensor, both: Tensor) -> Tensor:
-    """The gradient of gate and up, side by side in `both` (rows, 2 I), of that of silu(gate) * up, (rows, I)."""
+@torch.library.custom_op("amazon_ft::gated_backward", mutates_args=())
+def gated_backward(grad: Tensor, both: Tensor, gelu: bool) -> Tensor:
+    """The gradient of gate and up, side by side in `both` (rows, 2 I), of that of silu(gate) * up or gelu's, (rows, I)."""
     if grad.is_cuda:
         from tasks.training.fast import kernels
 
-        return kernels.run_swiglu_backward(grad, both)
+        return kernels.run_gated_backward(grad, both, gelu=gelu)
     gate, up = both.chunk(2, 1)
+    if gelu:
+        of_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
+        return torch.cat([of_gate, grad * functional.gelu(gate, approximate="tanh")], 1)
     return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * functional.silu(gate)], 1)
 
 
-@swiglu_backward.register_fake
-def _(_grad: Tensor, both: Tensor) -> Tensor:
+@gated_backward.register_fake
+def _(_grad: Tensor, both: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(both)
 
 
-@torch.library.custom_op("amazon_ft::swiglu_map_backward", mutates_args=())
-def swiglu_map_backward(
-    grad: Tensor, both: Tensor, b: Tensor, wt: Tensor, wts: Tensor, balance_t: Tensor
+@torch.library.custom_op("amazon_ft::gated_map_backward", mutates_args=())
+def gated_map_backward(
+    grad: Tensor, both: Tensor, b: Tensor, wt: Tensor, wts: Tensor, balance_t: Tensor, gelu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of x by the map that gave `both`, the base matrix's part in fp8; that of `both`; and the latter times B."""
     if not grad.is_cuda:
-        g = swiglu_backward(grad, both)
+        g = gated_backward(grad, both, gelu)
         low = g @ b
         return _fp8_product(g, low, wt, wts, balance_t), g, low
     from tasks.training.fast import kernels
 
-    g, wide, of_row = kernels.run_swiglu_backward_in_fp8(grad, both, wt.shape[1], ROOM / F8_MAX)
+    g, wide, of_row = kernels.run_gated_backward_in_fp8(grad, both, wt.shape[1], ROOM / F8_MAX, gelu=gelu)
     low = g @ b
     wide[:, g.shape[1] : g.shape[1] + low.shape[1]] = _to_fp8(low, of_row * balance_t)
     return _scaled_product(wide, of_row, wt, wts, g.dtype), g, low
 
 
-@swiglu_map_backward.register_fake
-def _(_grad: Tensor, both: Tensor, b: Tensor, wt: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@gated_map_backward.register_fake
+def _(_grad: Tensor, both: Tensor, b: Tensor, wt: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return both.new_empty((len(both), len(wt))), torch.empty_like(both), both.new_empty((len(both), b.shape[1]))

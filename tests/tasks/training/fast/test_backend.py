@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.activations import ACT2FN
 
 from flows.recipes import load_recipe
 from tasks.config import FinetuneConfig, LoraSection, WeightsConfig
@@ -99,7 +100,8 @@ Function = Callable[..., Tensor]
 BOUNDS: list[tuple[frozen.Kind, float]] = [("plain", 2e-2), ("fp8", 6e-2), ("fp8-backward", 6e-2)]
 
 
-MAPS = [(lora_linear.apply, 96), (lora_linear.apply, 288), (lora_linear.apply_swiglu, 576)]
+SILU, GELU = lora_linear.GATED["silu"], lora_linear.GATED["gelu_pytorch_tanh"]
+MAPS = [(lora_linear.apply, 96), (lora_linear.apply, 288), (SILU, 576), (GELU, 576)]
 """Maps of 256 values to fewer and to more, and to gate and up, each with what comes out of its matrices."""
 
 
@@ -115,20 +117,20 @@ def test_a_map_and_its_gradients_stay_near_to_float32(
 def assert_near(kind: frozen.Kind, bound: float, function: Function, out: int, device: str) -> None:
     """A map of 256 values and its gradients in bfloat16 against autograd's in float32."""
     random = torch.Generator().manual_seed(0)
-    shapes = [(64, 256), (16, 256), (out, 16), (out, 256), (64, out // 2 if function is lora_linear.apply_swiglu else out)]
+    shapes = [(64, 256), (16, 256), (out, 16), (out, 256), (64, out if function is lora_linear.apply else out // 2)]
     x, a, b, w, g = (torch.randn(shape, generator=random) / shape[1] ** 0.5 for shape in shapes)
-    wanted = gradients_by_autograd([x, a, b], w, g)
+    wanted = gradients_by_autograd([x, a, b], w, g, ACT2FN["gelu_pytorch_tanh" if function is GELU else "silu"])
     got = map_and_gradients(kind, function, [part.to(device, torch.bfloat16) for part in (x, a, b, w, g)])
     for name, one, other in zip(("y", "dx", "da", "db"), got, wanted, strict=True):
         assert (one.float().cpu() - other).norm() < bound * other.norm(), name
 
 
-def gradients_by_autograd(inputs: list[Tensor], w: Tensor, g: Tensor) -> list[Tensor]:
+def gradients_by_autograd(inputs: list[Tensor], w: Tensor, g: Tensor, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
     x, a, b = (part.requires_grad_() for part in inputs)
     y = x @ w.t() + x @ a.t() @ b.t()
     if g.shape != y.shape:
         gate, up = y.chunk(2, 1)
-        y = gate * torch.sigmoid(gate) * up
+        y = function(gate) * up
     return [y.detach(), *torch.autograd.grad(y, (x, a, b), g)]
 
 
