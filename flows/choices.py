@@ -83,6 +83,7 @@ class Shape(StrEnum):
     LLAMA_3_8B = "llama-3-8b"
     LLAMA_3_70B = "llama-3-70b"
     LLAMA_31_8B = "llama-3.1-8b"
+    LLAMA_32_1B = "llama-3.2-1b"
     QWEN_25_7B = "qwen2.5-7b"
     MISTRAL_7B_V03 = "mistral-7b-v0.3"
     GEMMA_2_9B = "gemma-2-9b"

@@ -45,14 +45,21 @@ LLAMA_3: dict[str, Any] = {
     **_rope(500_000.0),
 }
 LLAMA_3_70B = {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64}
-LLAMA_31_ROPE = _rope(
-    500_000.0,
-    rope_type="llama3",
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=8192,
-)
+
+
+def _llama3_rope(factor: float) -> dict[str, Any]:
+    bounds = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return _rope(500_000.0, rope_type="llama3", factor=factor, **bounds)
+
+
+LLAMA_32_1B: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "max_position_embeddings": 131_072,
+    "tie_word_embeddings": True,
+}
 QWEN_25_7B: dict[str, Any] = {
     "vocab_size": 152_064,
     "hidden_size": 3584,
@@ -113,7 +120,10 @@ SHAPES = {
     "llama-3.1-8b": PublishedShape(
         f"{META}/Llama-3.1-8B/blob/main/config.json",
         "llama",
-        LLAMA_3 | LLAMA_31_ROPE | {"max_position_embeddings": 131_072},
+        LLAMA_3 | _llama3_rope(8.0) | {"max_position_embeddings": 131_072},
+    ),
+    "llama-3.2-1b": PublishedShape(
+        f"{META}/Llama-3.2-1B/blob/main/config.json", "llama", LLAMA_3 | _llama3_rope(32.0) | LLAMA_32_1B
     ),
     "qwen2.5-7b": PublishedShape(f"{HUB}/Qwen/Qwen2.5-7B/blob/main/config.json", "qwen2", QWEN_25_7B),
     "mistral-7b-v0.3": PublishedShape(f"{HUB}/mistralai/Mistral-7B-v0.3/blob/main/config.json", "mistral", MISTRAL_7B),

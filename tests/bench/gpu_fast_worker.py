@@ -167,7 +167,7 @@ def compared(make: Any, rows: Rows, ways: list[str], device: str) -> dict[str, A
 
 def collator(rows: Rows, device: str) -> Collator:
     """Sizes as a GPU likes them."""
-    return Collator(tokens=1024, longest=TOKENS, rows=len(rows) + 2, slice=2048) if device == "cuda" else Collator()
+    return Collator(tokens=1024, longest=TOKENS, rows=len(rows) + 2) if device == "cuda" else Collator()
 
 
 def some_rows(model: Path, data: Path) -> Rows:

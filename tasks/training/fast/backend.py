@@ -27,8 +27,6 @@ LENGTHS = 6
 """Rows that are not packed are filled up to so many lengths on a GPU, which compiles each anew, and torch at most eight."""
 EVEN = 128
 """Packs are filled up to a multiple of this on a GPU, whose matrix products like even sizes."""
-SLICE_STEP = 2048
-"""Labelled positions are filled up to a multiple of this on a GPU, for the same reason."""
 
 
 class FastBackend:
@@ -144,7 +142,7 @@ def gpu_collator(lengths: Lengths, batch_size: int, *, packed: bool) -> Collator
     most = batch_size * lengths.pack
     tokens = round_up(most if packed else -(-most // LENGTHS), EVEN)
     rows = batch_size * lengths.rows + -(-tokens // lengths.row)
-    return Collator(tokens=tokens, longest=lengths.row, rows=rows, slice=SLICE_STEP)
+    return Collator(tokens=tokens, longest=lengths.row, rows=rows)
 
 
 def round_up(size: int, step: int) -> int:

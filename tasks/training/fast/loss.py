@@ -86,4 +86,4 @@ def _of_slice(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, ho
 
 @cache
 def _slice_function(compiled: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_of_slice, dynamic=False) if compiled else _of_slice
+    return torch.compile(_of_slice) if compiled else _of_slice  # the last slice is of any size: compiled once for all of them

@@ -107,7 +107,6 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    left, right = sin.chunk(2, -1)
-    signed = torch.cat([-left, right], -1)
-    turned = x * cos[:, None] + x.roll(x.shape[-1] // 2, -1) * signed[:, None]
+    left, right = x.chunk(2, -1)
+    turned = x * cos[:, None] + torch.cat([-right, left], -1) * sin[:, None]
     return turned.to(x.dtype)  # OLMo 2 turns in float32

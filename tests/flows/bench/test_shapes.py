@@ -29,6 +29,7 @@ PUBLISHED = {
     "llama-3.1-8b": 8_030_261_248,
     "qwen2.5-7b": 7_615_616_512,
     "mistral-7b-v0.3": 7_248_023_552,
+    "llama-3.2-1b": 1_235_814_400,
     "gemma-2-9b": 9_241_705_984,
 }
 """Parameters. Source: the hub's page of each model, from its safetensors."""

@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.activations import ACT2FN
@@ -27,7 +29,7 @@ from tasks.refs import Adapter, ConfigError, Model
 from tasks.training import hardware, model_shape
 from tasks.training.backend import Job
 from tasks.training.checkpoints import checkpoints, is_last
-from tasks.training.fast import frozen, lora_linear
+from tasks.training.fast import frozen, lora_linear, loss
 from tasks.training.fast.backend import LENGTHS, Lengths, collator, max_lengths
 from tasks.training.fast.loss import linear_loss
 from tasks.training.fast.memory_plan import check_supported, choose
@@ -73,7 +75,7 @@ def reference(model: Model, rows: Rows) -> tuple[float, Tensor, dict[str, Tensor
 
 
 ROWS = some_rows([20, 7, 33, 12, 26])
-FILLED = Collator(tokens=128, longest=25, rows=9, slice=64)
+FILLED = Collator(tokens=128, longest=25, rows=9)
 
 
 @pytest.mark.parametrize("collate", [Collator(), FILLED])
@@ -190,13 +192,13 @@ def test_a_module_without_an_adapter_stays_as_it_is(model: Model) -> None:
 
 def test_the_collator_lays_rows_end_to_end() -> None:
     rows = [{"input_ids": [0, 7, 8, 1, 0, 9, 1], "labels": [-100, 7, 8, 1, 0, 9, 1], "seq_lengths": [4, 3]}]
-    batch = Collator(tokens=5, longest=2, rows=5, slice=8)(rows)
+    batch = Collator(tokens=5, longest=2, rows=5)(rows)
     assert batch["input_ids"].tolist() == [[0, 7, 8, 1, 0, 9, 1, 0, 0, 0]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 0]]
     assert batch["bounds"].tolist() == [0, 4, 7, 9, 10, 10]
     assert batch["sizes"] == (4, 4)
-    assert batch["positions"].tolist() == [0, 1, 2, 4, 5, 0, 0, 0]
-    assert batch["shift_labels"].tolist() == [7, 8, 1, 9, 1, -100, -100, -100]
+    assert batch["positions"].tolist() == [0, 1, 2, 4, 5]
+    assert batch["shift_labels"].tolist() == [7, 8, 1, 9, 1]
     assert batch["attention_mask"].sum() == 7
 
 
@@ -232,6 +234,20 @@ def test_the_loss_in_slices_is_cross_entropy(rows: int, seed: int) -> None:
     (got_grad,) = torch.autograd.grad(got, hidden)
     assert got.item() == pytest.approx(wanted.item(), rel=1e-5, abs=1e-6)
     assert torch.allclose(got_grad, grad, atol=1e-6)
+
+
+def test_last_slices_of_any_size_share_a_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter, random = CompileCounterWithBackend("eager"), torch.Generator().manual_seed(0)
+    monkeypatch.setattr(loss, "SLICE", 8)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    weight = torch.randn(11, 6, generator=random)
+    loss._slice_function.cache_clear()
+    for rows in (21, 13, 8, 15, 19, 18):
+        hidden, targets = torch.randn(rows, 6, generator=random), torch.randint(0, 11, (rows,), generator=random)
+        wanted, got = (linear_loss(hidden, weight, targets, 4, compiled=compiled) for compiled in (False, True))
+        assert got.item() == pytest.approx(wanted.item())
+    loss._slice_function.cache_clear()
+    assert counter.frame_count == 2
 
 
 @settings(deadline=None, max_examples=25)
