@@ -87,6 +87,7 @@ def held_gpus(device: str, count: int = 1) -> Generator[None]:
         )
     before = {VISIBLE: os.environ[VISIBLE]} if VISIBLE in os.environ else {}
     held = _wait_for(gpus, count)
+    logger.info("holds %s.", ", ".join(f"GPU {gpu.index} ({gpu.name})" for gpu in held))
     try:
         os.environ[VISIBLE] = ",".join(gpu.uuid for gpu in held)
         yield

@@ -24,7 +24,7 @@ HOST = "0,1"
 RECIPE = "default"
 STEPS = 500
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-WAITS = "waits for a GPU: another training holds"
+TOLD = ("waits for a GPU: another training holds", "holds GPU")
 
 
 def locks(session: Session, found: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ def pair(session: Session, environment: dict[str, str], model: Path, devices: tu
         "seconds": round(time.time() - begun, 1),
         "seconds, then steps and GPUs of each training": seen,
         "states": [{entry["name"]: entry["state"] for entry in run["stages"]} for run in children],
-        "told": [line[-120:] for line in told.splitlines() if WAITS in line],
+        "told": [line[-160:] for line in told.splitlines() if any(words in line for words in TOLD)],
     }
 
 

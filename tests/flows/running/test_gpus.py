@@ -113,8 +113,9 @@ def test_auto_wants_as_many_gpus_as_a_step_has_rows_for(devices: int | str, accu
 
 @pytest.mark.parametrize("before", [None, "1"])
 def test_the_gpus_to_see_are_afterwards_those_from_before(
-    before: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    before: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     for name, value in host(tmp_path, H200, SECOND_H200).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("tempfile.tempdir", None)
@@ -124,6 +125,7 @@ def test_the_gpus_to_see_are_afterwards_those_from_before(
     with pytest.raises(ValueError, match="no loss"), held_gpus("cuda"):
         assert os.environ["CUDA_VISIBLE_DEVICES"][:5] == ("GPU-2" if before else "GPU-1")
         raise ValueError("no loss")
+    assert caplog.messages == [f"holds GPU {before or 0} (NVIDIA H200)."]
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
 
 
