@@ -103,9 +103,11 @@ def served(session: Session) -> Iterator[dict[str, str]]:
         process.wait(120)
 
 
-def start(environment: dict[str, str], recipe: str, settings: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """`prefect deployment run amazon-ft/RECIPE`, watched until its end."""
-    parameters = ["--param", f"overrides={json.dumps(list(settings))}"]
+def start(
+    environment: dict[str, str], recipe: str, settings: Sequence[str], log: Path, *, until: str | None = None
+) -> subprocess.Popen[bytes]:
+    """`prefect deployment run amazon-ft/RECIPE`, to that stage, watched until its end."""
+    parameters = ["--param", f"overrides={json.dumps(list(settings))}", "--param", f"until={json.dumps(until)}"]
     command = [sys.executable, "-m", "prefect", "deployment", "run", f"amazon-ft/{recipe}", *parameters, "--watch"]
     with log.open("wb") as output:
         return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)

@@ -32,8 +32,9 @@ def locks(session: Session, found: dict[str, Any]) -> None:
     os.environ.setdefault(VISIBLE, HOST)
     model = make_small(session)
     with served(session) as environment:
-        found["one GPU each"] = pair(session, environment, model, (1, 1))
-        found["both GPUs, then one"] = pair(session, environment, model, (2, 1))
+        for name, devices in (("one GPU each", (1, 1)), ("both GPUs, then one", (2, 1))):
+            found[name] = dict[str, Any]()
+            pair(session, environment, model, devices, found[name])
 
 
 def make_small(session: Session) -> Path:
@@ -52,8 +53,8 @@ def make_small(session: Session) -> Path:
     return target
 
 
-def pair(session: Session, environment: dict[str, str], model: Path, devices: tuple[int, int]) -> dict[str, Any]:
-    """Two deployed runs on so many GPUs, the second begun when the first trains.
+def pair(session: Session, environment: dict[str, str], model: Path, devices: tuple[int, int], found: dict[str, Any]) -> None:
+    """Two deployed runs on so many GPUs, the second begun when the first trains; adds what is seen while it is seen.
 
     Raises:
         RuntimeError: when one of them fails.
@@ -61,7 +62,7 @@ def pair(session: Session, environment: dict[str, str], model: Path, devices: tu
     begun, work, logs = time.time(), session.home / "work", set[Path]()
     before = set(work.glob(f"*/{LOG}"))
     runs = [started(session, environment, model, devices, 0)]
-    seen: list[list[Any]] = []
+    seen = found["seconds, then steps and GPUs of each training"] = list[list[Any]]()
     while any(run.poll() is None for run in runs):
         logs |= set(work.glob(f"*/{LOG}")) - before
         if logs and len(runs) == 1:
@@ -74,10 +75,9 @@ def pair(session: Session, environment: dict[str, str], model: Path, devices: tu
         raise RuntimeError(f"exit codes {[run.returncode for run in runs]}\n{logs_of(session)}")
     children = [run for run in runs_since(session, begun, RECIPE) if any(entry["name"] == "finetune" for entry in run["stages"])]
     told = "".join(file.read_text() for file in (session.home / "logs").glob("*.log"))
-    return {
+    found |= {
         "devices": devices,
         "seconds": round(time.time() - begun, 1),
-        "seconds, then steps and GPUs of each training": seen,
         "states": [{entry["name"]: entry["state"] for entry in run["stages"]} for run in children],
         "told": [line[-160:] for line in told.splitlines() if any(words in line for words in TOLD)],
     }
@@ -115,11 +115,9 @@ def started(
         f"finetune.warmup_steps={min(10, steps)}",
         f"finetune.devices={devices[which]}",
         f"finetune.seed={10 * sum(devices) + which}",
-        "evaluate.generations=2",
-        "evaluate.max_new_tokens=4",
         *(["device=cpu", "model.dtype=float32"] if session.rehearse else []),
     ]
-    return start(environment, RECIPE, settings, session.work / f"locks-{sum(devices)}-{which}.log")
+    return start(environment, RECIPE, settings, session.work / f"locks-{sum(devices)}-{which}.log", until="finetune")
 
 
 __all__ = ["locks"]

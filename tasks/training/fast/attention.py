@@ -14,6 +14,7 @@ Shapes: T tokens of all rows together, H query heads, G key-value heads, D their
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import accumulate, pairwise
@@ -139,6 +140,7 @@ def flash4_kernels() -> Any:
         if error.name != "flash_attn":  # it is installed, but not as it must be
             logger.warning("Attention is torch's, which takes longer, for FlashAttention-4 does not import: %s", error)
         return None
+    warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)  # at each compilation, of a type of its own
     return interface
 
 
