@@ -10,7 +10,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -72,11 +72,31 @@ def profile(model: Path, data: Path, device: str, held: str) -> dict[str, Any]:
         for event in profiler.key_averages()
     ]
     rows.sort(key=lambda row: -row[1])
+    kind = str(torch.device(device).type).upper()
+    events = [event for event in profiler.profiler.kineto_results.events() if str(event.device_type()).endswith(kind)]
+    idle = gaps((event.name(), event.start_ns(), event.end_ns()) for event in events)
     return {
         "ms_of_all_kernels_a_step": round(sum(row[1] for row in rows) / 1000 / PROFILED, 2),
+        "ms_idle_a_step": round(sum(ns for _, ns, _ in idle) / 1e6 / PROFILED, 2),
+        "idle_before": [[name[:120], round(ns / 1e6 / PROFILED, 3), count / PROFILED] for name, ns, count in idle[:KERNELS]],
         "kernels": [[name[:120], round(us / 1000 / PROFILED, 3), count / PROFILED] for name, us, count in rows[:KERNELS]],
         "trained": told,
     }
+
+
+def gaps(kernels: Iterable[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """(name, nanoseconds in which nothing ran before a kernel of that name, how often), the longest first.
+
+    >>> gaps([("matmul", 0, 4), ("add", 7, 8), ("copy", 3, 5), ("add", 9, 10)])
+    [('add', 3, 2)]
+    """
+    until, found = 0, dict[str, tuple[int, int]]()
+    for name, start, end in sorted(kernels, key=lambda kernel: kernel[1]):
+        if until and start > until:
+            nanoseconds, count = found.get(name, (0, 0))
+            found[name] = (nanoseconds + start - until, count + 1)
+        until = max(until, end)
+    return sorted(((name, *of_name) for name, of_name in found.items()), key=lambda row: -row[1])
 
 
 def attention(model: Path, data: Path, device: str) -> dict[str, Any]:
