@@ -18,7 +18,7 @@ import json
 import logging
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -176,13 +176,18 @@ def equal_rows(table: pa.Table, texts: Collection[Text]) -> Iterator[tuple[int, 
     import pyarrow as pa
 
     titles = {title for title, _ in texts}
-    for start, end in batch_ranges(table.num_rows if texts else 0, LOOK_ROWS):
-        part = table.slice(start, end - start)
+
+    def look(span: tuple[int, int]) -> list[tuple[int, Text]]:
+        part = table.slice(span[0], span[1] - span[0])
         rows = _maybe_titled(part["title"], titles)
+        found = list[tuple[int, Text]]()
         for row, title in zip(rows.tolist(), part["title"].take(pa.array(rows)).to_pylist(), strict=True):
             normal = normalised(title)
             if normal in titles and (text := (normal, normalised(part["content"][row].as_py()))) in texts:
-                yield start + row, text
+                found.append((span[0] + row, text))
+        return found
+
+    return chain.from_iterable(in_order(look, batch_ranges(table.num_rows if texts else 0, LOOK_ROWS)))
 
 
 def _maybe_titled(titles: pa.ChunkedArray, wanted: Collection[str]) -> Rows:
@@ -211,7 +216,7 @@ def _enough(field: str, wanted: int, there: int, what: str) -> None:
 def _publish(table: pa.Table, rows: Rows) -> Artifact:
     gather = Gather(table)
     with publish("sample", need_bytes=table.nbytes * len(rows) // max(table.num_rows, 1)) as draft:
-        taken = (gather(rows[start:end]) for start, end in batch_ranges(len(rows), GATHER_ROWS))
+        taken = in_order(lambda span: gather(rows[slice(*span)]), batch_ranges(len(rows), GATHER_ROWS))
         batches = (batch.slice(start, end - start) for batch in taken for start, end in batch_ranges(batch.num_rows))
         draft.rows = write_table(draft / FILE, table.schema, counted("sample", batches, len(rows)))
     return draft.artifact
