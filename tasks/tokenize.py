@@ -24,7 +24,17 @@ from tasks.caching.stage import stage
 from tasks.caching.store import publish
 from tasks.config import TokenizeConfig
 from tasks.refs import Artifact, Split, Texts, Tokenizer
-from tasks.tables.arrow import Gather, bounded_ranges, list_lengths, list_sums, one_batch, read_table, text_bytes, write_table
+from tasks.tables.arrow import (
+    Gather,
+    bounded_ranges,
+    list_lengths,
+    list_sums,
+    one_batch,
+    read_table,
+    text_bytes,
+    write_scratch,
+    write_table,
+)
 from tasks.tables.progress import counted
 from tasks.tables.streams import in_order
 from tasks.text.encoding import Encoded, load_tokenizer_json, special_id, to_ids
@@ -140,7 +150,7 @@ class Method:
 
         schema = pa.schema({"ids": pa.large_binary(), "unlearnt": pa.int64()})
         encoded = in_order(encode, bounded_ranges(sizes, max_bytes=MAX_BYTES))
-        write_table(scratch, schema, counted("tokenize", encoded, turns.num_rows))
+        write_scratch(scratch, schema, counted("tokenize", encoded, turns.num_rows))
         gather = Gather(read_table(scratch))
 
         def assemble(batch: pa.RecordBatch) -> Encoded:

@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event
 from typing import IO
 from uuid import uuid4
 
@@ -20,6 +21,10 @@ from tasks.refs import NoSpaceError, home
 
 RACY_SECONDS = 0.1
 """A file changed this recently may change again within one tick of the clock, so its digest is not memoised."""
+FOLLOW_SECONDS, SYNC_SECONDS = 0.02, 0.2
+"""Between two looks at a file that grows, and between two times that the disk is given it."""
+_followed: dict[Path, tuple[str, str]] = {}
+"""Digests and identities of files that were digested as they were written."""
 PIECE_BYTES = 2**20
 """Read at a time to be digested; of smaller ones the threads' turns take longer than their reading."""
 
@@ -54,6 +59,48 @@ def read_digest(file: IO[bytes]) -> str:
             ahead = reader.submit(file.read, PIECE_BYTES)
             digest.update(piece)
     return digest.hexdigest()
+
+
+@contextmanager
+def followed(path: Path) -> Generator[None]:
+    """Digest and sync a file while the block writes it from front to end; `written_digest` then has little left to wait for."""
+    path.touch()
+    ended = Event()
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(2) as pool:
+        digested, synced = pool.submit(_digest_along, file, ended), pool.submit(_sync_along, file, ended)
+        try:
+            yield
+        finally:
+            ended.set()
+        synced.result()  # an error of the disk is told once
+        _followed[path] = digested.result()
+
+
+def _digest_along(file: IO[bytes], ended: Event) -> tuple[str, str]:
+    """SHA-256 of a file that grows until an event, 64 hex digits, and its identity then."""
+    digest, last = hashlib.sha256(), False
+    while not last:
+        last = ended.wait(FOLLOW_SECONDS)
+        while piece := file.read(PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest(), _identity(os.fstat(file.fileno()))
+
+
+def _sync_along(file: IO[bytes], ended: Event) -> None:
+    """Sync a file that grows until an event, now and then."""
+    while not ended.wait(SYNC_SECONDS):
+        os.fdatasync(file.fileno())
+
+
+def written_digest(path: Path) -> str:
+    """Sync a file to disk; its SHA-256, 64 hex digits, which may be known of when it was written."""
+    digest, identity = _followed.pop(path, ("", ""))
+    with path.open("rb") as file, ThreadPoolExecutor(1) as pool:
+        synced = pool.submit(os.fsync, file.fileno())
+        if _identity(os.fstat(file.fileno())) != identity:
+            digest = read_digest(file)
+        synced.result()
+    return digest
 
 
 def _identity(stat: os.stat_result) -> str:

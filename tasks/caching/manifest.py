@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from tasks.caching.files import file_digest, read_digest, text_digest, write_atomic
+from tasks.caching.files import file_digest, text_digest, write_atomic, written_digest
 from tasks.refs import Value
 
 MANIFEST = "manifest.json"
@@ -70,11 +69,8 @@ def write_manifest(path: Path, kind: str) -> Manifest:
 
 
 def _synced(file: Path) -> Listed:
-    with file.open("rb") as handle, ThreadPoolExecutor(1) as pool:
-        synced = pool.submit(os.fsync, handle.fileno())
-        digest = read_digest(handle)
-        synced.result()
-        return Listed(size=file.stat().st_size, sha256=digest)
+    digest = written_digest(file)
+    return Listed(size=file.stat().st_size, sha256=digest)
 
 
 def read_names(path: Path) -> list[str]:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.caching.files import followed
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -37,7 +39,13 @@ def read_table(path: Path) -> pa.Table:
 
 
 def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
-    """Write batches as an Arrow IPC stream; how many rows they had."""
+    """Write batches as an Arrow IPC stream that is digested meanwhile; how many rows they had."""
+    with followed(path):
+        return write_scratch(path, schema, batches)
+
+
+def write_scratch(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
+    """As `write_table`, but of no artifact: without a digest."""
     import pyarrow as pa
 
     rows = 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import random
+import time
 from pathlib import Path
 
 import pytest
 
+from tasks.caching.files import followed
 from tasks.caching.manifest import MANIFEST, Damage, find_damage, write_manifest
 
 TEXT = """{
@@ -97,3 +100,27 @@ def test_no_flipped_bit_of_a_manifest_goes_unseen_or_raises(written: Path) -> No
         (written / MANIFEST).write_bytes(flipped)
         assert find_damage(written, expected=digest) is not None
         find_damage(written)
+
+
+def test_file_digested_as_it_is_written_counts_as_it_is_in_the_end(tmp_path: Path) -> None:
+    kept, changed = tmp_path / "kept", tmp_path / "changed"
+    for file in (kept, changed):
+        with followed(file), file.open("wb") as stream:
+            stream.write(b"a" * 3_000_000)
+            stream.flush()
+            stream.write(b"b")
+    changed.write_bytes(b"b" + b"a" * 3_000_000)
+    listed = write_manifest(tmp_path, "products").files
+    assert {name: entry.sha256 for name, entry in listed.items()} == {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (kept, changed)
+    }
+
+
+def test_error_of_the_disk_while_a_file_is_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("tasks.caching.files.SYNC_SECONDS", 0)
+    monkeypatch.setattr("os.fdatasync", fail)
+    with pytest.raises(OSError, match="Input/output"), followed(tmp_path / "file"):
+        time.sleep(0.1)
