@@ -171,7 +171,9 @@ def prepare_speed(home: Path, source: Path, model: Path, rows: int) -> None:
 
 def archive(home: Path, target: Path) -> None:
     """The root as root.tar.xz; without what a run does not read."""
-    skipped = [f"--exclude=./{name}" for name in ("downloads", "unsloth_compiled", "trash", "drafts", "logs")]
+    skipped = [
+        f"--exclude=./{name}" for name in ("downloads", "unsloth_compiled", "flash_attention_compiled", "trash", "drafts", "logs")
+    ]
     with target.open("wb") as file:
         tar = subprocess.Popen(["tar", "-C", str(home), *skipped, "-cf", "-", "."], stdout=subprocess.PIPE)
         subprocess.run(["xz", "-T2", "--lzma2=preset=1,dict=64MiB"], stdin=tar.stdout, stdout=file, check=True)

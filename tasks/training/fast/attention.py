@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,15 +26,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import flex_attention as flex
 
+from tasks.refs import home
+
 logger = logging.getLogger(__name__)
 
 HOPPER = 9
 """Its compute capability: the first for which FlashAttention-4 has kernels of its own."""
-FLASH4_CACHE = {
-    "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
-    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(Path.home() / ".cache" / "flash_attention_cute_dsl"),
-}
-"""Where it keeps what it has compiled for later trainings; its own choice is below /tmp, where another user may write."""
 TRIED_ROWS, TRIED_WINDOW = (200, 7, 93), 50
 """Tokens of the rows that FlashAttention-4 is tried with; and what layers that see a window see of them."""
 NEAR = 0.02
@@ -141,8 +137,8 @@ def flash4_kernels() -> Any:
     """The module of FlashAttention-4's kernels, where it is installed and they are made for the GPU; else None."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < HOPPER:
         return None
-    for name, value in FLASH4_CACHE.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # what it compiles serves later trainings
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(home() / "flash_attention_compiled"))  # else below /tmp
     try:
         from flash_attn.cute import interface  # pyright: ignore[reportMissingImports]  # the extra `fast-attention`
     except ImportError as error:
