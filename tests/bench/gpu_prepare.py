@@ -36,6 +36,8 @@ RECIPES = ("as-written", "default")
 ARMS = ("as-written", "default", "fast")
 """Of the small model."""
 TURNS = (1, 3)
+PACK_TOKENS = (4096, 16_384)
+"""Beside those of recipe `fast`."""
 SPEED_ROWS = 4000
 """Products whose packs and texts `amazon-ft bench train` gets, in conversations of so many turns."""
 PARTS = 2
@@ -157,16 +159,17 @@ def prepare_small(home: Path, products: Path, target: Path) -> None:
 
 
 def prepare_speed(home: Path, source: Path, model: Path, rows: int) -> None:
-    """speed/: packs.arrow and texts.json of the same products in conversations of one turn and of three."""
+    """speed/: packs.arrow and texts.json of the same products: of one turn and of three, and in packs of other sizes."""
     from flows.bench.train_data import make_data
     from flows.recipes import load_recipe
     from tasks.reading.model_files import directory_tokenizer
 
     os.environ["AMAZON_FT_HOME"] = str(home.with_name("speed"))
     few = [*data_settings(source, model, rows), f"sample.rows={min(SPEED_ROWS, rows // 2)}"]
-    for turns in TURNS:
-        recipe = load_recipe("fast", [*few, f"sharegpt.conversation_extension={turns}"])
-        make_data(recipe, directory_tokenizer(model), home / "speed" / f"turns-{turns}")
+    of_turns = {f"turns-{turns}": [f"sharegpt.conversation_extension={turns}"] for turns in TURNS}
+    of_packs = {f"packs-{tokens}": [*of_turns[f"turns-{max(TURNS)}"], f"pack.tokens={tokens}"] for tokens in PACK_TOKENS}
+    for name, settings in (of_turns | of_packs).items():
+        make_data(load_recipe("fast", [*few, *settings]), directory_tokenizer(model), home / "speed" / name)
 
 
 def archive(home: Path, target: Path) -> None:

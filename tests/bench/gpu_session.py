@@ -1,6 +1,7 @@
 """The document's job on one GPU, measured: all of it in one go, or phase by phase, without network; results as JSON.
 
-usage: python -m tests.bench.gpu_session CARRIED WORK RESULTS [--phases setup,timing,...] [--devices N] [--rehearse]
+usage: python -m tests.bench.gpu_session CARRIED WORK RESULTS [--phases setup,timing,...] [--devices N] [--before CHECKOUT]
+       [--rehearse]
 
 All phases run unless some are named. Phases with a plus between them run at the same time, which times nothing but all of
 them. Two sessions on one WORK, after its setup, may run on a GPU each (CUDA_VISIBLE_DEVICES), with results of their own.
@@ -20,6 +21,7 @@ written all the while, so that a killed session keeps what it has measured.
     devices, devices-fp8, devices-plain, devices-hf  one training on N GPUs, else all: tests/bench/gpu_devices.py
     scaling, shared                                  `bench train --devices N`; a 70B shape over all GPUs
     locks      two trainings of a Prefect server at once, one on each of two GPUs; one on both, for which one waits
+    before     the code of another checkout (--before) and this one in turn, a pair to a GPU: tests/bench/gpu_before.py
     resumed    a training on all GPUs, from its half on again on two and on one: tests/bench/gpu_devices.py
     tests      pytest -m gpu
 
@@ -50,6 +52,7 @@ from flows.bench.shapes import SHAPES
 from flows.running.gpus import visible_gpus
 from tasks.caching import files
 from tests.bench import gpu_devices, gpu_fast
+from tests.bench.gpu_before import before
 from tests.bench.gpu_handover import both_deployed
 from tests.bench.gpu_locks import locks
 from tests.bench.gpu_prepare import grow
@@ -80,6 +83,8 @@ class Session:
     rehearse: bool
     devices: int = 1
     """GPUs that one training may use."""
+    before: Path | None = None
+    """A checkout of the code that this one is held against."""
 
     @property
     def device(self) -> str:
@@ -170,6 +175,7 @@ PHASES: dict[str, Callable[[Session, dict[str, Any]], None]] = {
     **gpu_fast.PHASES,
     **gpu_devices.PHASES,
     "locks": locks,
+    "before": before,
     "tests": gpu_tests,
 }
 
@@ -249,10 +255,12 @@ def main() -> None:
         "--phases", default="setup,timing,steps,speed,capped,alone,small+versions+tests+correct,deployed,attention,profile"
     )
     parser.add_argument("--devices", type=int, default=max(2, len(visible_gpus())), help="of the phase devices")
+    parser.add_argument("--before", type=Path, help="a checkout: of the phase before")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
     groups = [group.split("+") for group in options.phases.split(",")]
-    session = Session(options.carried.resolve(), options.work.resolve(), options.rehearse, options.devices)
+    other = options.before and options.before.resolve()
+    session = Session(options.carried.resolve(), options.work.resolve(), options.rehearse, options.devices, other)
     results = json.loads(options.results.read_text()) if options.results.is_file() else {}
     results |= {"machine": machine(session)}
     with kept(results, options.results):
