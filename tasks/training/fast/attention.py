@@ -225,7 +225,7 @@ def _left(window: int | None, longest: int) -> int | None:
 
 @cache
 def _caps4(cap: float | None) -> dict[str, Any]:
-    """What FlashAttention-4 does to scores and to their gradients; given a cap, it makes, reads and hashes them at each call."""
+    """FlashAttention-4's functions for scores and their gradients; given a cap, it makes, reads and hashes them at each call."""
     if cap is None:
         return {}
     utils = flash4_kernels().utils
