@@ -178,13 +178,14 @@ def equal_rows(table: pa.Table, texts: Collection[Text]) -> Iterator[tuple[int, 
     titles = {title for title, _ in texts}
 
     def look(span: tuple[int, int]) -> list[tuple[int, Text]]:
-        part = table.slice(span[0], span[1] - span[0])
+        start, end = span
+        part = table.slice(start, end - start)
         rows = _maybe_titled(part["title"], titles)
         found = list[tuple[int, Text]]()
         for row, title in zip(rows.tolist(), part["title"].take(pa.array(rows)).to_pylist(), strict=True):
             normal = normalised(title)
             if normal in titles and (text := (normal, normalised(part["content"][row].as_py()))) in texts:
-                found.append((span[0] + row, text))
+                found.append((start + row, text))
         return found
 
     return chain.from_iterable(in_order(look, batch_ranges(table.num_rows if texts else 0, LOOK_ROWS)))

@@ -23,8 +23,8 @@ RACY_SECONDS = 0.1
 """A file changed this recently may change again within one tick of the clock, so its digest is not memoised."""
 FOLLOW_SECONDS, SYNC_SECONDS = 0.02, 0.2
 """Between two looks at a file that grows, and between two times that the disk is given it."""
-_followed: dict[Path, tuple[str, str]] = {}
-"""Digests and identities of files that were digested as they were written."""
+_followed: dict[str, str] = {}
+"""Digests of files that were digested as they were written, by their identities then."""
 PIECE_BYTES = 2**20
 """Read at a time to be digested; of smaller ones the threads' turns take longer than their reading."""
 
@@ -73,17 +73,17 @@ def followed(path: Path) -> Generator[None]:
         finally:
             ended.set()
         synced.result()  # an error of the disk is told once
-        _followed[path] = digested.result()
+        _followed[_identity(os.fstat(file.fileno()))] = digested.result()
 
 
-def _digest_along(file: IO[bytes], ended: Event) -> tuple[str, str]:
-    """SHA-256 of a file that grows until an event, 64 hex digits, and its identity then."""
+def _digest_along(file: IO[bytes], ended: Event) -> str:
+    """SHA-256 of a file that grows until an event, 64 hex digits."""
     digest, last = hashlib.sha256(), False
     while not last:
         last = ended.wait(FOLLOW_SECONDS)
         while piece := file.read(PIECE_BYTES):
             digest.update(piece)
-    return digest.hexdigest(), _identity(os.fstat(file.fileno()))
+    return digest.hexdigest()
 
 
 def _sync_along(file: IO[bytes], ended: Event) -> None:
@@ -94,11 +94,9 @@ def _sync_along(file: IO[bytes], ended: Event) -> None:
 
 def written_digest(path: Path) -> str:
     """Sync a file to disk; its SHA-256, 64 hex digits, which may be known of when it was written."""
-    digest, identity = _followed.pop(path, ("", ""))
     with path.open("rb") as file, ThreadPoolExecutor(1) as pool:
         synced = pool.submit(os.fsync, file.fileno())
-        if _identity(os.fstat(file.fileno())) != identity:
-            digest = read_digest(file)
+        digest = _followed.pop(_identity(os.fstat(file.fileno())), None) or read_digest(file)
         synced.result()
     return digest
 

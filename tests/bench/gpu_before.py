@@ -1,21 +1,18 @@
 """The code of another checkout and this one in turn, each pair on one GPU: what a change made faster, and where.
 
-Phase `before` of tests/bench/gpu_session.py, given --before CHECKOUT, whose models and packs both sides train on. As many pairs
+Phase `before` of tests/bench/gpu_session.py, given --before CHECKOUT. Both train the same models on the same packs. As many pairs
 run at once as there are GPUs; nothing is shared between them but the host and what torch has compiled.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import shutil
 from pathlib import Path
-from queue import Queue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flows.running.gpus import VISIBLE, visible_gpus
+from tests.bench.gpu_fast import called, each_on_a_gpu
+from tests.bench.gpu_prepare import PACK_TOKENS
 
 if TYPE_CHECKING:
     from tests.bench.gpu_session import Session
@@ -42,7 +39,7 @@ class Pair(NamedTuple):
 PAIRS = (
     *(Pair("bench", held) for held in ("fp8", "plain", "fp8-backward")),
     *(Pair("profile", held) for held in ("fp8", "plain", "fp8-backward")),
-    *(Pair("bench", "fp8", f"packs-{tokens}") for tokens in (4096, 16384)),
+    *(Pair("bench", "fp8", f"packs-{tokens}") for tokens in PACK_TOKENS),
     *(Pair("bench", held, small=True) for held in ("fp8", "plain")),
     *(Pair("capped", gib) for gib in ("12", "24")),
 )
@@ -54,24 +51,18 @@ def before(session: Session, found: dict[str, Any]) -> None:
     other = session.before
     if other is None:
         raise RuntimeError("--before: expected the checkout of the code that this one is held against")
-    free = Queue[str | None]()
-    for name in [gpu.index for gpu in visible_gpus()] or [None]:
-        free.put(name)
     small = session.llama if session.rehearse else make_small_shape(session)
 
-    def measure(pair: Pair) -> None:
-        gpu, told = free.get(), found.setdefault(pair.name, dict[str, Any]())
+    def measure(pair: Pair, gpu: str | None) -> None:
+        told = found.setdefault(pair.name, dict[str, Any]())
         try:
             for when, checkout in (("before", other), ("after", Path.cwd())):
                 told[when] = side(session, pair, when, checkout, small if pair.small else session.llama, gpu)
             told["times"] = round(speed(told["after"]) / speed(told["before"]), 3)
         except RuntimeError as error:
             told["failed"] = str(error)
-        finally:
-            free.put(gpu)
 
-    with ThreadPoolExecutor(free.qsize()) as pool:
-        list(pool.map(measure, REHEARSED if session.rehearse else PAIRS))
+    each_on_a_gpu(REHEARSED if session.rehearse else PAIRS, measure)
     if failed := [name for name, told in found.items() if "failed" in told]:
         raise RuntimeError(f"{', '.join(failed)}: failed; see there")
 
@@ -83,8 +74,7 @@ def make_small_shape(session: Session) -> Path:
 
     target = session.work / SMALL_SHAPE
     make_shape(SMALL_SHAPE, target, directory_tokenizer(session.home / "tok"), session.device)
-    for file in (session.home / "tok").iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(session.home / "tok", target, dirs_exist_ok=True)
     return target
 
 
@@ -96,17 +86,11 @@ def side(session: Session, pair: Pair, when: str, checkout: Path, model: Path, g
     """
     data, target = session.home / "speed" / pair.data, session.work / f"{pair.name} {when}.json"
     if pair.kind == "bench":
-        words = ["flows.cli", "bench", "train", "--held", pair.of, "--model", model, "--data", data, "--json", target]
+        words = ("flows.cli", "bench", "train", "--held", pair.of, "--model", model, "--data", data, "--json", target)
     else:
-        words = ["tests.bench.gpu_fast_worker", pair.kind, model, data, session.device, pair.of]
-    paths = [str(checkout), *filter(None, (path for path in sys.path if path and Path(path) != Path.cwd()))]
-    environment = session.environment("before") | {"PYTHONPATH": os.pathsep.join(paths)} | ({VISIBLE: gpu} if gpu else {})
-    command = [sys.executable, "-m", *map(str, words)]
-    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{pair.name}, {when}: exit code {done.returncode}\n{done.stdout[-500:]}\n{done.stderr[-2500:]}")
-    told = target.read_text() if pair.kind == "bench" else done.stdout.splitlines()[-1].removeprefix("RESULT ")
-    return json.loads(told)
+        words = ("tests.bench.gpu_fast_worker", pair.kind, model, data, session.device, pair.of)
+    printed = called(session, f"{pair.name} {when}", *map(str, words), visible=gpu, checkout=checkout)
+    return json.loads(target.read_text() if pair.kind == "bench" else printed.splitlines()[-1].removeprefix("RESULT "))
 
 
 def speed(told: dict[str, Any]) -> float:

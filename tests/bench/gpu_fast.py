@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import Queue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flows.running.gpus import VISIBLE, visible_gpus
 from tests.bench.gpu_small import make_model
@@ -16,6 +18,7 @@ from tests.bench.gpu_small import make_model
 if TYPE_CHECKING:
     from tests.bench.gpu_session import Session
 
+Job = TypeVar("Job")
 SIDES = {1: ("fp8", "fp8-backward"), 3: ("fp8", "fp8-backward", "plain")}
 """{turns of a conversation: how the base model is held}; the document's code runs beside them."""
 SHAPES = ("llama-3-8b", "gemma-2-9b", "qwen2.5-7b", "mistral-7b-v0.3", "llama-3.1-8b")
@@ -34,23 +37,33 @@ def speed(session: Session, found: dict[str, Any]) -> None:
 
 def shapes(session: Session, found: dict[str, Any]) -> None:
     """`amazon-ft bench train --shape` of each, on random weights; at once, as far as there are GPUs, one on each."""
-    free = Queue[str | None]()
-    for name in [gpu.index for gpu in visible_gpus()] or [None]:
-        free.put(name)
 
-    def measure(name: str) -> None:
-        gpu, target = free.get(), session.work / f"shape-{name}.json"
+    def measure(name: str, gpu: str | None) -> None:
+        target = session.work / f"shape-{name}.json"
         words = ["--model", str(session.home / "tok"), "--shape", name, "--held", "fp8", "--held", "plain"]
         words = ["--model", str(session.llama), "--held", "plain"] if session.rehearse else words
         words += ["--data", str(session.home / "speed" / "turns-3"), "--json", str(target)]
+        called(session, f"shape-{name}", "flows.cli", "bench", "train", *words, visible=gpu)
+        found[name] = json.loads(target.read_text())
+
+    each_on_a_gpu(SHAPES[:1] if session.rehearse else SHAPES, measure)
+
+
+def each_on_a_gpu(jobs: Sequence[Job], do: Callable[[Job, str | None], None]) -> None:
+    """Do all jobs, as many at once as there are GPUs; each is told its own, or None where there is none."""
+    free = Queue[str | None]()
+    for index in [gpu.index for gpu in visible_gpus()] or [None]:
+        free.put(index)
+
+    def done(job: Job) -> None:
+        gpu = free.get()
         try:
-            called(session, f"shape-{name}", "flows.cli", "bench", "train", *words, visible=gpu)
-            found[name] = json.loads(target.read_text())
+            do(job, gpu)
         finally:
             free.put(gpu)
 
     with ThreadPoolExecutor(free.qsize()) as pool:
-        list(pool.map(measure, SHAPES[:1] if session.rehearse else SHAPES))
+        list(pool.map(done, jobs))
 
 
 def profile(session: Session, found: dict[str, Any]) -> None:
@@ -89,17 +102,23 @@ def worker(session: Session, name: str, kind: str, *arguments: str) -> dict[str,
     return json.loads(told.splitlines()[-1].removeprefix("RESULT "))
 
 
-def called(session: Session, name: str, module: str, *arguments: str, visible: str | None = None) -> str:
-    """What a program prints that sees all GPUs or those.
+def called(
+    session: Session, name: str, module: str, *arguments: str, visible: str | None = None, checkout: Path | None = None
+) -> str:
+    """What a program prints that sees all GPUs or those; of a checkout, if one is given, which all share what they compile.
 
     Raises:
         RuntimeError: with the end of its log, when it fails.
     """
-    log = session.work / f"{name}.log"
+    log, environment = session.work / f"{name}.log", session.environment("checkouts" if checkout else name)
+    environment |= {VISIBLE: visible} if visible else {}
+    if checkout:
+        environment["PYTHONPATH"] = f"{checkout}{os.pathsep}{environment['PYTHONPATH']}"
     with log.open("w") as errors:
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments],
-            env=session.environment(name) | ({VISIBLE: visible} if visible else {}),
+            cwd=checkout,
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
