@@ -20,7 +20,9 @@ STATE = "trainer_state.json"
 
 
 def seal(checkpoint: Path) -> None:
-    """Sync a checkpoint's files to disk and note their digests."""
+    """Sync a checkpoint's files to disk and note their digests; what a killed seal of this step left there is removed."""
+    for draft in checkpoint.glob(f".{MANIFEST}.*"):
+        draft.unlink()
     write_manifest(checkpoint, "checkpoint")
 
 
