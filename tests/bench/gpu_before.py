@@ -51,7 +51,8 @@ def before(session: Session, found: dict[str, Any]) -> None:
     other = session.before
     if other is None:
         raise RuntimeError("--before: expected the checkout of the code that this one is held against")
-    small = session.llama if session.rehearse else make_small_shape(session)
+    pairs = [pair for pair in (REHEARSED if session.rehearse else PAIRS) if pair.name in (session.pairs or {pair.name})]
+    small = make_small_shape(session) if any(pair.small for pair in pairs) and not session.rehearse else session.llama
 
     def measure(pair: Pair, gpu: str | None) -> None:
         told = found.setdefault(pair.name, dict[str, Any]())
@@ -62,7 +63,7 @@ def before(session: Session, found: dict[str, Any]) -> None:
         except RuntimeError as error:
             told["failed"] = str(error)
 
-    each_on_a_gpu(REHEARSED if session.rehearse else PAIRS, measure)
+    each_on_a_gpu(pairs, measure)
     if failed := [name for name, told in found.items() if "failed" in told]:
         raise RuntimeError(f"{', '.join(failed)}: failed; see there")
 

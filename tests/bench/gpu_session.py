@@ -1,7 +1,7 @@
 """The document's job on one GPU, measured: all of it in one go, or phase by phase, without network; results as JSON.
 
 usage: python -m tests.bench.gpu_session CARRIED WORK RESULTS [--phases setup,timing,...] [--devices N] [--before CHECKOUT]
-       [--rehearse]
+       [--pairs NAME,...] [--rehearse]
 
 All phases run unless some are named. Phases with a plus between them run at the same time, which times nothing but all of
 them. Two sessions on one WORK, after its setup, may run on a GPU each (CUDA_VISIBLE_DEVICES), with results of their own.
@@ -21,7 +21,8 @@ written all the while, so that a killed session keeps what it has measured.
     devices, devices-fp8, devices-plain, devices-hf  one training on N GPUs, else all: tests/bench/gpu_devices.py
     scaling, shared                                  `bench train --devices N`; a 70B shape over all GPUs
     locks      two trainings of a Prefect server at once, one on each of two GPUs; one on both, for which one waits
-    before     the code of another checkout (--before) and this one in turn, a pair to a GPU: tests/bench/gpu_before.py
+    before     the code of another checkout (--before) and this one in turn, a pair to a GPU: tests/bench/gpu_before.py;
+               all of its pairs unless some are named
     resumed    a training on all GPUs, from its half on again on two and on one: tests/bench/gpu_devices.py
     tests      pytest -m gpu
 
@@ -85,6 +86,8 @@ class Session:
     """GPUs that one training may use."""
     before: Path | None = None
     """A checkout of the code that this one is held against."""
+    pairs: frozenset[str] = frozenset()
+    """Of the phase before, if not all."""
 
     @property
     def device(self) -> str:
@@ -256,11 +259,13 @@ def main() -> None:
     )
     parser.add_argument("--devices", type=int, default=max(2, len(visible_gpus())), help="of the phase devices")
     parser.add_argument("--before", type=Path, help="a checkout: of the phase before")
+    parser.add_argument("--pairs", default="", help="of the phase before, if not all: 'bench fp8,profile fp8'")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
     groups = [group.split("+") for group in options.phases.split(",")]
     other = options.before and options.before.resolve()
-    session = Session(options.carried.resolve(), options.work.resolve(), options.rehearse, options.devices, other)
+    pairs = frozenset(filter(None, options.pairs.split(",")))
+    session = Session(options.carried.resolve(), options.work.resolve(), options.rehearse, options.devices, other, pairs)
     results = json.loads(options.results.read_text()) if options.results.is_file() else {}
     results |= {"machine": machine(session)}
     with kept(results, options.results):
