@@ -39,7 +39,7 @@ def worker(
 ) -> None:
     """Serve a work pool here until SIGTERM or Ctrl-C, which let a training write a checkpoint first.
 
-    For k GPUs start k, each with its own CUDA_VISIBLE_DEVICES.
+    For k GPUs start k: a training takes free ones, as many as it is to have.
     """
     from flows.server.deploy import server_url
     from flows.server.up import serve_pool

@@ -55,7 +55,6 @@ class Started:
     """A process, and how to start it again."""
 
     command: tuple[str, ...]
-    env: dict[str, str]
     process: psutil.Popen
     at: float = field(default_factory=time.monotonic)
 
@@ -67,14 +66,14 @@ class Processes:
     env: dict[str, str]
     started: dict[str, Started] = field(default_factory=dict[str, Started])
 
-    def start(self, name: str, *command: str, **env: str) -> psutil.Popen:
+    def start(self, name: str, *command: str) -> psutil.Popen:
         """`prefect COMMAND` with its output in a log of its own."""
         log = log_of(name)
         log.parent.mkdir(parents=True, exist_ok=True)
         guarded = supervisor.guarded("prefect", *command)
         with log.open("ab") as output:
-            process = psutil.Popen(guarded, stdout=output, stderr=subprocess.STDOUT, env=self.env | env, start_new_session=True)
-        self.started[name] = Started(command, env, process)
+            process = psutil.Popen(guarded, stdout=output, stderr=subprocess.STDOUT, env=self.env, start_new_session=True)
+        self.started[name] = Started(command, process)
         return process
 
     def stop(self) -> None:
@@ -102,7 +101,7 @@ class Processes:
                     f"Its log is {log_of(name)}."
                 )
             console.print(f"{name} ended with exit code {code} and is started again; its log is {log_of(name)}", soft_wrap=True)
-            self.start(name, *item.command, **item.env)
+            self.start(name, *item.command)
 
 
 def log_of(name: str) -> Path:
@@ -131,7 +130,7 @@ def run_until_interrupted(options: UpOptions, console: Console) -> None:
         server = processes.start("server", *server_command(options))
         wait_until_healthy(f"{options.url}/api", server, log_of("server"))
         deploy.set_up_pools(deploy.PoolType.PROCESS, max(1, len(gpus)), say=say)
-        names = _start_workers(processes, gpus)
+        names = _start_workers(processes, len(gpus))
         say(f"starting workers {', '.join(names)}")
         register(Choices(), say=say)
         _wait_until_online(names)
@@ -178,14 +177,14 @@ def server_command(options: UpOptions) -> list[str]:
     return ["server", "start", "--host", options.host, "--port", str(options.port), "--ui" if options.ui else "--no-ui"]
 
 
-def _start_workers(processes: Processes, gpus: Sequence[Gpu]) -> dict[str, str]:
-    """One worker for the parent flows, and one to a GPU; {worker: pool}."""
+def _start_workers(processes: Processes, gpus: int) -> dict[str, str]:
+    """One worker for the parent flows, and as many for trainings as there are GPUs; {worker: pool}.
+
+    Each of these sees all GPUs, of which a training takes free ones, as many as it is to have.
+    """
     processes.start("cpu-0", *worker_command("cpu-0", CPU_POOL))
-    for number, gpu in enumerate(gpus):
-        limited = worker_command(f"cuda-{number}", CUDA_POOL, "--limit", "1")
-        processes.start(f"cuda-{number}", *limited, CUDA_VISIBLE_DEVICES=gpu.uuid)
-    if not gpus:
-        processes.start("cuda-0", *worker_command("cuda-0", CUDA_POOL, "--limit", "1"))
+    for number in range(max(1, gpus)):
+        processes.start(f"cuda-{number}", *worker_command(f"cuda-{number}", CUDA_POOL, "--limit", "1"))
     workers = [name for name in processes.started if name != "server"]
     return {name: CPU_POOL if name == "cpu-0" else CUDA_POOL for name in workers}
 

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 HOST = "0,1"
 RECIPE = "default"
-STEPS = 500
+STEPS = 200
+PAIRS = {"one GPU each": (1, 1), "both GPUs, then one": (2, 1)}
+"""GPUs of either training."""
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 TOLD = ("waits for a GPU: another training holds", "holds GPU")
 
@@ -32,9 +34,10 @@ def locks(session: Session, found: dict[str, Any]) -> None:
     os.environ.setdefault(VISIBLE, HOST)
     model = make_small(session)
     with served(session) as environment:
-        for name, devices in (("one GPU each", (1, 1)), ("both GPUs, then one", (2, 1))):
-            found[name] = dict[str, Any]()
-            pair(session, environment, model, devices, found[name])
+        for name, devices in PAIRS.items():
+            if name in (session.pairs or PAIRS):
+                found[name] = dict[str, Any]()
+                pair(session, environment, model, devices, found[name])
 
 
 def make_small(session: Session) -> Path:

@@ -3,8 +3,9 @@
 usage: python -m tests.bench.gpu_session CARRIED WORK RESULTS [--phases setup,timing,...] [--devices N] [--before CHECKOUT]
        [--pairs NAME,...] [--rehearse]
 
-All phases run unless some are named. Phases with a plus between them run at the same time, which times nothing but all of
-them. Two sessions on one WORK, after its setup, may run on a GPU each (CUDA_VISIBLE_DEVICES), with results of their own.
+All phases run unless some are named; so do all pairs of locks and before. Phases with a plus between them run at the same time,
+which times nothing but all of them. Two sessions on one WORK, after its setup, may run on a GPU each (CUDA_VISIBLE_DEVICES), with
+results of their own.
 
 CARRIED is what tests/bench/gpu_prepare.py made on a CPU machine. WORK is scratch that later phases find again. RESULTS is
 written all the while, so that a killed session keeps what it has measured.
@@ -21,8 +22,7 @@ written all the while, so that a killed session keeps what it has measured.
     devices, devices-fp8, devices-plain, devices-hf  one training on N GPUs, else all: tests/bench/gpu_devices.py
     scaling, shared                                  `bench train --devices N`; a 70B shape over all GPUs
     locks      two trainings of a Prefect server at once, one on each of two GPUs; one on both, for which one waits
-    before     the code of another checkout (--before) and this one in turn, a pair to a GPU: tests/bench/gpu_before.py;
-               all of its pairs unless some are named
+    before     the code of another checkout (--before) and this one in turn, a pair to a GPU: tests/bench/gpu_before.py
     resumed    a training on all GPUs, from its half on again on two and on one: tests/bench/gpu_devices.py
     tests      pytest -m gpu
 
@@ -87,7 +87,7 @@ class Session:
     before: Path | None = None
     """A checkout of the code that this one is held against."""
     pairs: frozenset[str] = frozenset()
-    """Of the phase before, if not all."""
+    """Of the phases before and locks, if not all."""
 
     @property
     def device(self) -> str:
@@ -259,7 +259,7 @@ def main() -> None:
     )
     parser.add_argument("--devices", type=int, default=max(2, len(visible_gpus())), help="of the phase devices")
     parser.add_argument("--before", type=Path, help="a checkout: of the phase before")
-    parser.add_argument("--pairs", default="", help="of the phase before, if not all: 'bench fp8,profile fp8'")
+    parser.add_argument("--pairs", default="", help="of the phases before and locks, if not all: 'bench fp8,profile fp8'")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
     groups = [group.split("+") for group in options.phases.split(",")]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
 
@@ -29,6 +29,9 @@ from tasks.training.fast.loss import IGNORED, Logits, linear_loss
 from tasks.training.fast.maps import Map, lora_scaling
 from tasks.training.fast.positions import Positions
 from tasks.training.parallel.shards import SharedLayers
+
+BUSY_PRODUCTS = 7e11
+"""Of a layer's matrices and a batch's tokens, one way: with fewer a GPU waits for Python, of which FlashAttention-4 has more."""
 
 
 class PackedLlama:
@@ -52,9 +55,9 @@ class PackedLlama:
         self._layers += taken
         wrapped.to(place)
         self._positions = Positions(self._body.rotary_emb, list(dict.fromkeys(layer.positions for layer in self._layers)))
-        heads = (self._config.query_heads, self._config.key_heads, self._config.head_size)
         self._kinds = list(dict.fromkeys(layer.config.scores for layer in self._layers))
-        self._flash4 = flash4_agrees(heads, self._kinds, place, self._head.dtype)
+        pairs = [pair for linear in self._layers[0].maps for pair in zip(linear.downs, linear.ups, strict=True)]
+        self._layer_parameters = sum(down.shape[1] * up.shape[0] for down, up in pairs)
         self._embedding = float(getattr(config, "embedding_multiplier", 1.0))
         self._logits = Logits(float(getattr(config, "logits_scaling", 1.0)), getattr(config, "final_logit_softcapping", None))
         self._checkpointed, self._compiled = checkpointed, compiled
@@ -105,10 +108,17 @@ class PackedLlama:
 
     def _rows(self, batch: Mapping[str, Any], x: Tensor) -> dict[Scores, RowBounds]:
         """Where a batch's rows are, for each kind of layer."""
-        rows = RowBounds(batch["bounds"], torch.tensor(batch["sizes"]), flash4=self._flash4)
-        if self._flash4:
+        pays = len(x) * self._layer_parameters >= BUSY_PRODUCTS or any(kind.cap for kind in self._kinds)
+        rows = RowBounds(batch["bounds"], torch.tensor(batch["sizes"]), flash4=pays and self._flash4)
+        if rows.flash4:
             return dict.fromkeys(self._kinds, rows)
         return {kind: rows._replace(blocks=seen_blocks(rows.bounds, x, kind)) for kind in self._kinds}
+
+    @cached_property
+    def _flash4(self) -> bool:
+        """Whether FlashAttention-4 is here and right for this model."""
+        heads = (self._config.query_heads, self._config.key_heads, self._config.head_size)
+        return flash4_agrees(heads, self._kinds, self._head.device, self._head.dtype)
 
     def _refresh(self, maps: Sequence[Map], dtype: torch.dtype) -> None:
         """Put a layer's adapters as they are now beside its frozen matrices.

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from flows.recipes import load_recipe, run_tags, short_digest
-from flows.running.gpus import Gpu
 from flows.server import up
 from tasks.caching.runs import Run
 from tasks.refs import PipelineError
@@ -45,18 +44,18 @@ def test_run_name_tells_configurations_apart_but_not_where_they_run() -> None:
 class Recorder(up.Processes):
     """Notes what would be started."""
 
-    def start(self, name: str, *command: str, **env: str) -> Any:
-        self.started[name] = up.Started(command, env, subprocess.Popen(["true"]))
+    def start(self, name: str, *command: str) -> Any:
+        self.started[name] = up.Started(command, subprocess.Popen(["true"]))
         self.started[name].process.wait()
 
 
-@pytest.mark.parametrize(("count", "devices"), [(0, [None]), (2, ["GPU-0", "GPU-1"])])
-def test_every_gpu_gets_a_worker_pinned_to_it_and_none_gets_one_all_the_same(count: int, devices: list[str | None]) -> None:
+@pytest.mark.parametrize(("gpus", "workers"), [(0, 1), (2, 2)])
+def test_there_are_as_many_workers_as_gpus_each_of_which_may_train_on_all(gpus: int, workers: int) -> None:
     processes = Recorder({})
-    names = up._start_workers(processes, [Gpu(f"{index}", f"GPU-{index}", "H200", "580.1", 1) for index in range(count)])
-    assert names == {"cpu-0": "cpu"} | {f"cuda-{number}": "cuda" for number in range(len(devices))}
+    names = up._start_workers(processes, gpus)
+    assert names == {"cpu-0": "cpu"} | {f"cuda-{number}": "cuda" for number in range(workers)}
     trains = [item for name, item in processes.started.items() if name != "cpu-0"]
-    assert [item.env.get("CUDA_VISIBLE_DEVICES") for item in trains] == devices
+    assert "CUDA_VISIBLE_DEVICES" not in processes.env
     assert all(item.command[-2:] == ("--limit", "1") for item in trains)
 
 
@@ -88,10 +87,10 @@ def test_what_ends_later_is_started_again() -> None:
     from rich.console import Console
 
     processes, said = Recorder({}), io.StringIO()
-    processes.start("cuda-0", "worker", CUDA_VISIBLE_DEVICES="GPU-0")
+    processes.start("cuda-0", "worker")
     first = processes.started["cuda-0"]
     first.at -= up.STAY_SECONDS
     processes.revive(Console(file=said))
     assert processes.started["cuda-0"].process is not first.process
-    assert processes.started["cuda-0"].env == {"CUDA_VISIBLE_DEVICES": "GPU-0"}
+    assert processes.started["cuda-0"].command == ("worker",)
     assert "is started again" in said.getvalue()
