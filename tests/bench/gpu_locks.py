@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 HOST = "0,1"
 RECIPE = "default"
 STEPS = 200
-PAIRS = {"one GPU each": (1, 1), "both GPUs, then one": (2, 1)}
+PAIRS = {"one GPU each": (1, 1), "one GPU after both": (2, 1)}
 """GPUs of either training."""
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 TOLD = ("waits for a GPU: another training holds", "holds GPU")
