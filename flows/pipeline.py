@@ -10,6 +10,7 @@ from typing import cast
 
 from tasks.baseline import baseline
 from tasks.caching.context import planning, within
+from tasks.caching.files import digested_aside
 from tasks.caching.plans import Plan, Unknown
 from tasks.caching.stage import StageReached, lineage
 from tasks.catalogue import catalogue
@@ -22,12 +23,13 @@ from tasks.model import base_model
 from tasks.pack import pack
 from tasks.reading.columns import FIELDS
 from tasks.reading.files.blocks import check_files, look, resolve_kind
-from tasks.reading.sources import locate_source
+from tasks.reading.sources import digest_files, find_files
 from tasks.refs import Adapter, Evaluation, HeldOut, Lineage, Prepared, Products, SavedModel, Shards, Source
 from tasks.sample import sample
 from tasks.save import save
 from tasks.sharegpt import sharegpt
 from tasks.template import template
+from tasks.text.encoding import load_ahead
 from tasks.text.merged_prompt import prompt_columns
 from tasks.tokenize import tokenize
 
@@ -57,14 +59,16 @@ def pipeline(recipe: Recipe, tune_there: Callable[[Recipe, Prepared], Tuned] = t
     """
     with within(verify=recipe.cache.verify):
         extra = extra_columns(recipe)
-        others = checked_source(recipe.sample.eval_sources, recipe, "sample.eval_sources") if recipe.sample.eval_sources else None
-        if recipe.catalogue:
-            source, reading = catalogue(recipe.catalogue), recipe.ingest
-        else:
-            source, reading = checked_source(recipe.ingest.sources, recipe)
-        model = base_model(recipe.model)
-        products = read_products(source, reading, extra)
-        split = sample(products, recipe.sample, read_products(*others, extra) if others else None)
+        held_out_files, held_out_reading = checked_files(recipe.sample.eval_sources, recipe, "sample.eval_sources")
+        source = catalogue(recipe.catalogue) if recipe.catalogue else None
+        files, reading = ([], recipe.ingest) if source else checked_files(recipe.ingest.sources, recipe)
+        with digested_aside([*files, *held_out_files]) as begun:
+            model = base_model(recipe.model)
+            if begun and not isinstance(model, Unknown):  # pyright: ignore[reportUnnecessaryIsInstance]  # while planning
+                load_ahead(model.tokenizer)
+        products = read_products(source or digest_files(files), reading, extra)
+        others = digest_files(held_out_files, "sample.eval_sources") if held_out_files else None
+        split = sample(products, recipe.sample, read_products(others, held_out_reading, extra) if others else None)
         conversations = sharegpt(split, recipe.sharegpt)
         own = model.tokenizer.chat_template if recipe.template.source == "model" else None
         texts = template(conversations, model.tokenizer.special, recipe.template, own)
@@ -80,16 +84,16 @@ def pipeline(recipe: Recipe, tune_there: Callable[[Recipe, Prepared], Tuned] = t
         return save(adapter, evaluation, texts.template, model, model.tokenizer, model.name, recipe.save, told)
 
 
-def checked_source(sources: tuple[str, ...], recipe: Recipe, setting: str = "ingest.sources") -> tuple[Source, IngestConfig]:
-    """The files of a setting, and the settings of ingest with the kind of rows that they hold.
+def checked_files(sources: tuple[str, ...], recipe: Recipe, setting: str = "ingest.sources") -> tuple[list[Path], IngestConfig]:
+    """The files of a setting, and the settings of ingest with the kind of rows that they hold; only their beginnings are read.
 
     Raises:
         InputError: for a file that is not there, in an unknown format, or without a wanted column.
     """
-    source = locate_source(sources, setting)
-    reading = resolve_kind(source, recipe.ingest)
-    check_files(source, reading, extra_columns(recipe))
-    return source, reading
+    files = find_files(sources, setting)
+    reading = resolve_kind(files, recipe.ingest)
+    check_files(files, reading, extra_columns(recipe))
+    return files, reading
 
 
 def describe_sources(recipe: Recipe) -> list[str]:
@@ -99,8 +103,8 @@ def describe_sources(recipe: Recipe) -> list[str]:
         InputError: as `pipeline`, for a source that it would refuse.
     """
     named = {"ingest.sources": recipe.ingest.sources, "sample.eval_sources": recipe.sample.eval_sources}
-    found = [checked_source(sources, recipe, setting) for setting, sources in named.items() if sources]
-    told = [(Path(file.url), reading) for source, reading in found for file in source.files]
+    found = [checked_files(sources, recipe, setting) for setting, sources in named.items() if sources]
+    told = [(path, reading) for files, reading in found for path in files]
     return [
         f"{path.name}: {seen.format.value} of {reading.kind}; columns {', '.join(seen.columns)}"
         for path, reading, seen in ((path, reading, look(path, reading)) for path, reading in told)

@@ -100,7 +100,7 @@ def kept_tables(pieces: Iterable[Cleaned], config: IngestConfig, counts: LineCou
 @stage(version=1)
 def ingest(source: Source, config: IngestConfig, extra_columns: tuple[str, ...] = ()) -> Products:
     """Read, check, clean and de-duplicate the rows; `extra_columns` are kept beside uid, title and content."""
-    config = resolve_kind(source, config)
+    config = resolve_kind([Path(file.url) for file in source.files], config)
     wanted = columns_to_read(config, extra_columns)
     schema = product_schema(extra_columns) if config.kind == "products" else conversation_schema()
     need_bytes = sum(file.size_bytes for file in source.files) // 2

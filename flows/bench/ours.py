@@ -19,13 +19,15 @@ from pydantic import BaseModel
 
 from flows.recipes import load_recipe
 from tasks.caching.code.loading import collect_rarely
+from tasks.caching.files import digested_aside
 from tasks.caching.stage import Stage
 from tasks.ingest import ingest
 from tasks.reading.model_files import directory_tokenizer
-from tasks.reading.sources import locate_source
+from tasks.reading.sources import digest_files, find_files
 from tasks.sample import sample
 from tasks.sharegpt import sharegpt
 from tasks.template import template
+from tasks.text.encoding import load_ahead
 from tasks.tokenize import tokenize
 
 R = TypeVar("R", bound=BaseModel)
@@ -41,7 +43,7 @@ def time_stages(recipe_name: str, source: str, tokenizer_directory: str, turns: 
     }
     recipe = load_recipe(recipe_name, [f"{name}={value}" for name, value in settings.items()])
     seconds = dict[str, float]()
-    tokenizer = directory_tokenizer(Path(tokenizer_directory))
+    tokenizer, files = directory_tokenizer(Path(tokenizer_directory)), find_files(recipe.ingest.sources)
 
     def timed(stage: Stage[..., R], **inputs: Any) -> R:
         started = time.perf_counter()
@@ -50,7 +52,9 @@ def time_stages(recipe_name: str, source: str, tokenizer_directory: str, turns: 
         return value
 
     started = time.perf_counter()
-    located = locate_source(recipe.ingest.sources)
+    with digested_aside(files):  # as a run does
+        load_ahead(tokenizer)
+    located = digest_files(files)
     seconds["digest of the source"] = time.perf_counter() - started
     products = timed(ingest, source=located, config=recipe.ingest)
     split = timed(sample, products=products, config=recipe.sample)

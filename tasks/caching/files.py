@@ -8,10 +8,12 @@ import json
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Event
 from typing import IO
@@ -27,6 +29,14 @@ _followed: dict[str, str] = {}
 """Digests of files that were digested as they were written, by their identities then."""
 PIECE_BYTES = 2**20
 """Read at a time to be digested; of smaller ones the threads' turns take longer than their reading."""
+ASIDE_BYTES = 2**26
+"""A smaller file is digested before a process has started."""
+ASIDE = """
+import hashlib, sys
+for handle in sys.argv[1:]:
+    with open(int(handle), "rb", buffering=0) as file:
+        print(hashlib.file_digest(file, "sha256").hexdigest())
+"""
 
 
 def file_digest(path: Path) -> str:
@@ -35,19 +45,48 @@ def file_digest(path: Path) -> str:
     What is written through a memory map moves the times at the first write after the page was synced, so the file is synced
     before. On a file system without a disk (tmpfs) such a write moves none, and stays unseen.
     """
-    stat = path.stat()
-    if known := _recall(_identity(stat)):
+    if known := _recall(_identity(path.stat())):
         return known
     with path.open("rb") as file:
-        with suppress(OSError):  # a file system that knows no sync
-            os.fsync(file.fileno())
-        stat = os.fstat(file.fileno())
+        before = _synced(file)
         digest = read_digest(file)
-    after = path.stat()
-    settled = time.time() - max(after.st_mtime, after.st_ctime) > RACY_SECONDS
-    if settled and (after.st_mtime_ns, after.st_ctime_ns, after.st_size) == (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size):
-        _remember(_identity(stat), digest)
+    _remember_settled(path, before, digest)
     return digest
+
+
+@contextmanager
+def digested_aside(paths: Iterable[Path]) -> Generator[bool]:
+    """Digest large files in another process while the block keeps this one busy; file_digest knows their digests then.
+
+    Yields whether there is anything to digest. Digests come to nothing where files can't be read or change meanwhile.
+    """
+    with ExitStack() as stack:
+        files = dict[Path, IO[bytes]]()
+        for path in paths:
+            with suppress(OSError):
+                stat = path.stat()
+                if stat.st_size >= ASIDE_BYTES and _recall(_identity(stat)) is None:
+                    files[path] = stack.enter_context(path.open("rb"))
+        if not files:
+            yield False
+            return
+        before, handles = [_synced(file) for file in files.values()], [file.fileno() for file in files.values()]
+        command = [sys.executable, "-I", "-S", "-c", ASIDE, *map(str, handles)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=handles) as process:
+            try:
+                yield True
+                digests = process.communicate()[0].split()
+            finally:
+                process.kill()
+    for path, stat, digest in zip(files, before, digests, strict=False):  # fewer, if it was killed
+        _remember_settled(path, stat, digest)
+
+
+def _synced(file: IO[bytes]) -> os.stat_result:
+    """Give the disk what was written to a file; how it is then."""
+    with suppress(OSError):  # a file system that knows no sync
+        os.fsync(file.fileno())
+    return os.fstat(file.fileno())
 
 
 def read_digest(file: IO[bytes]) -> str:
@@ -118,9 +157,13 @@ def _recall(identity: str) -> str | None:
     return str(row[0]) if row else None
 
 
-def _remember(identity: str, digest: str) -> None:
-    with suppress(sqlite3.DatabaseError), _memo() as memo:
-        memo.execute("insert or replace into digests values (?, ?)", (identity, digest))
+def _remember_settled(path: Path, before: os.stat_result, digest: str) -> None:
+    """Memoise a file's digest, if the file has not changed since it was begun, nor just before."""
+    after = path.stat()
+    settled = time.time() - max(after.st_mtime, after.st_ctime) > RACY_SECONDS
+    if settled and _identity(after) == _identity(before):
+        with suppress(sqlite3.DatabaseError), _memo() as memo:
+            memo.execute("insert or replace into digests values (?, ?)", (_identity(before), digest))
 
 
 def memo_file() -> Path:

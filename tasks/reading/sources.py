@@ -34,7 +34,16 @@ def locate_source(sources: tuple[str, ...], setting: str = "ingest.sources") -> 
     Raises:
         InputError: listing everything that is not there or is no plain file, and the setting that named it.
     """
-    return Source(files=tuple(_source_file(path, setting) for path in find_files(sources, setting)))
+    return digest_files(find_files(sources, setting), setting)
+
+
+def digest_files(files: Iterable[Path], setting: str = "ingest.sources") -> Source:
+    """Files, each by the digest of its content.
+
+    Raises:
+        InputError: for one that can't be read.
+    """
+    return Source(files=tuple(_source_file(path, setting) for path in files))
 
 
 def find_files(sources: tuple[str, ...], setting: str = "ingest.sources") -> list[Path]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.refs import InputError
+from tasks.refs import InputError, Tokenizer
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,6 +31,27 @@ class Encoded(NamedTuple):
 
     ids: pa.LargeBinaryArray
     learnt: NDArray[np.bool_]
+
+
+_ahead: dict[str, Backend] = {}
+
+
+def load_ahead(tokenizer: Tokenizer) -> None:
+    """Load the data stages' libraries and a tokenizer before their turn; Llama 3's takes half a second, and all threads wait."""
+    import polars  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    import pyarrow.json  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+    with suppress(InputError):  # told when its turn comes
+        _ahead[tokenizer.digest] = load_tokenizer_json(Path(tokenizer.path))
+
+
+def load_tokenizer(tokenizer: Tokenizer) -> Backend:
+    """A tokenizer, for encoding; it may have been loaded before.
+
+    Raises:
+        InputError: as load_tokenizer_json.
+    """
+    return _ahead.pop(tokenizer.digest, None) or load_tokenizer_json(Path(tokenizer.path))
 
 
 def load_tokenizer_json(directory: Path) -> Backend:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from flows.recipes import load_recipe
@@ -33,7 +34,7 @@ def run(recipe_file: str) -> dict[str, list[str]]:
 
     model = base_model(recipe.model)
     source = locate_source(recipe.ingest.sources)
-    products = step(ingest, source, resolve_kind(source, recipe.ingest), ())
+    products = step(ingest, source, resolve_kind([Path(file.url) for file in source.files], recipe.ingest), ())
     split = step(sample, products, recipe.sample, None)
     conversations = step(sharegpt, split, recipe.sharegpt)
     texts = step(template, conversations, model.tokenizer.special, recipe.template, None)

@@ -5,7 +5,7 @@ A JSON array is cut into its objects, each made a line. Whatever the file's size
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -28,7 +28,7 @@ from tasks.reading.files.tabular import (
     table_rows,
 )
 from tasks.reading.rows import LineBlock, ParsedBlock, read_block, read_object
-from tasks.refs import InputError, Source
+from tasks.refs import InputError
 
 HEAD_BYTES = 2**16
 ROW_SHARE = 4
@@ -90,15 +90,14 @@ def _first_objects(head: bytes, max_line_bytes: int) -> Iterator[bytes]:
         return
 
 
-def check_files(source: Source, config: IngestConfig, extra: Sequence[str]) -> None:
+def check_files(files: Iterable[Path], config: IngestConfig, extra: Sequence[str]) -> None:
     """Look at every file: its format is one that is read, and it has the wanted columns.
 
     Raises:
         InputError: as `read_blocks`, for the first file that has not.
     """
     wanted = columns_to_read(config, extra)
-    for file in source.files:
-        path = Path(file.url)
+    for path in files:
         if columns := look(path, config).columns:
             check_columns(path.name, columns, wanted, config)
 
@@ -152,7 +151,7 @@ def _cut_table(
             yield from (cut_parquet if found is FileFormat.PARQUET else cut_arrow_file)(file, chosen)
 
 
-def resolve_kind(source: Source, config: IngestConfig) -> IngestConfig:
+def resolve_kind(files: Sequence[Path], config: IngestConfig) -> IngestConfig:
     """The settings with the kind of rows that the first file's columns show; an explicit one stays.
 
     Raises:
@@ -160,7 +159,7 @@ def resolve_kind(source: Source, config: IngestConfig) -> IngestConfig:
     """
     if config.kind != "auto":
         return config
-    columns = look(Path(source.files[0].url), config).columns if source.files else ()
+    columns = look(files[0], config).columns if files else ()
     return config.model_copy(update={"kind": find_kind(columns, config)})
 
 
