@@ -29,7 +29,7 @@ from tasks.reading.distinct import Distinct, Hashes
 from tasks.reading.files.blocks import Block, columns_to_read, parse_block, read_blocks, resolve_kind
 from tasks.reading.rows import Reject
 from tasks.refs import InputError, Products, Source
-from tasks.tables.arrow import is_conversations, write_table
+from tasks.tables.arrow import is_conversations, kept_rows, write_table
 from tasks.tables.progress import metered
 from tasks.tables.streams import fixed_batches, in_order
 
@@ -93,7 +93,7 @@ def kept_tables(pieces: Iterable[Cleaned], config: IngestConfig, counts: LineCou
             counts.dropped += piece.dropped + Counter(duplicate=int((~new).sum()))
             for reject in piece.rejects:
                 counts.reject(piece.file, reject)
-            yield piece.table if new.all() else piece.table.filter(new)
+            yield kept_rows(piece.table, new)
             count(counts.lines, piece.done)
 
 

@@ -27,6 +27,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tasks.reading.columns import AS_WRITTEN, NEEDED, Wanted, number_text, product_schema, with_uids
 
 if TYPE_CHECKING:
@@ -65,6 +68,8 @@ class LineBlock(NamedTuple):
     """Set when `data` is only the start of one line that is this long."""
     unit: str = "line"
     """The word for what is numbered."""
+    ends: NDArray[np.integer] | None = None
+    """Where the line breaks are, if that is known."""
 
 
 class Reject(NamedTuple):
@@ -227,19 +232,18 @@ def _without_nulls(table: pa.Table) -> pa.Table:
 
 
 def _object_lines(block: LineBlock, max_line_bytes: int) -> int | None:
-    """How many lines the block has, if all start with { and end with }, in UTF-8, without NUL, none too long.
+    """How many lines the block has, if all start with { and end with }, in UTF-8, none too long.
 
     A line break can't lie within a JSON string, and } before it with { after it lies between two top-level values. So as
-    many values as lines means one value on each line. The parser takes NUL for the end.
+    many values as lines means one value on each line.
     """
-    import numpy as np
     import pyarrow as pa
 
     data = block.data
     text = np.frombuffer(data, np.uint8)
-    ends = np.flatnonzero(text == ord("\n"))
-    if block.line_bytes or not len(text) or b"\0" in data:
+    if block.line_bytes or not len(text):
         return None
+    ends = line_breaks(data) if block.ends is None else block.ends
     if text[-1] != ord("\n"):
         ends = np.append(ends, len(text))
     starts = np.concatenate([[0], ends[:-1] + 1])
@@ -254,6 +258,11 @@ def _object_lines(block: LineBlock, max_line_bytes: int) -> int | None:
     except pa.ArrowInvalid:
         return None
     return len(ends)
+
+
+def line_breaks(data: bytes) -> NDArray[np.integer]:
+    """Where the line breaks of a block are; unlike bytes' own methods it holds no other thread up."""
+    return np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
 
 
 def _parse(data: bytes, wanted: Wanted) -> pa.Table:

@@ -6,6 +6,7 @@ Memory is bounded by `BATCH_ROWS` and `BATCH_BYTES`, not by the file: what `read
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 BATCH_ROWS = 4096
 BATCH_BYTES = 32 * 2**20
 """Rows, and bytes of text, made, held and written at a time: a batch ends with the row that reaches either."""
+
+MOST_SLICES = 256
+"""More of them take longer than a copy."""
 
 Rows = NDArray[np.integer]
 
@@ -45,14 +49,17 @@ def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
 
 
 def write_scratch(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
-    """As `write_table`, but of no artifact: without a digest."""
+    """As `write_table`, but of no artifact: without a digest. A batch is written while the next one is made."""
     import pyarrow as pa
 
-    rows = 0
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+    rows, written = 0, Future[None]()
+    written.set_result(None)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer, ThreadPoolExecutor(1) as pool:
         for batch in batches:
-            writer.write_batch(batch)
+            written.result()
+            written = pool.submit(writer.write_batch, batch)
             rows += batch.num_rows
+        written.result()
     return rows
 
 
@@ -157,6 +164,21 @@ class Gather:
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         return one_batch(pa.Table.from_batches(parts, self._schema)).take(pa.array(back))
+
+
+def kept_rows(table: pa.Table, kept: NDArray[np.bool_]) -> pa.Table:
+    """The rows that are kept; where few are not, as slices of the table, of which no copy is made.
+
+    >>> import pyarrow as pa
+    >>> kept_rows(pa.table({"title": ["a", "b", "c"]}), np.array([True, False, True]))["title"].to_pylist()
+    ['a', 'c']
+    """
+    import pyarrow as pa
+
+    edges = np.flatnonzero(np.diff(kept, prepend=False, append=False)).reshape(-1, 2)
+    if len(edges) > MOST_SLICES or not len(edges):
+        return table.filter(pa.array(kept))
+    return pa.concat_tables([table.slice(start, end - start) for start, end in edges.tolist()])
 
 
 def one_batch(table: pa.Table) -> pa.RecordBatch:

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-import numpy as np
-
 from tasks.config import IngestConfig
 from tasks.reading.columns import Wanted, check_columns, wanted_columns
 from tasks.reading.conversations import Chooser, conversation_columns, find_kind, parse_lines
@@ -27,7 +25,7 @@ from tasks.reading.files.tabular import (
     table_conversations,
     table_rows,
 )
-from tasks.reading.rows import LineBlock, ParsedBlock, read_block, read_object
+from tasks.reading.rows import LineBlock, ParsedBlock, line_breaks, read_block, read_object
 from tasks.refs import InputError
 
 HEAD_BYTES = 2**16
@@ -189,9 +187,10 @@ def cut_lines(stream: ByteStream, block_bytes: int, max_line_bytes: int) -> Iter
     while chunk := stream.read(max(block_bytes - len(pending), HEAD_BYTES)):
         cut = chunk.rfind(b"\n") + 1
         if cut:
-            block = LineBlock(b"".join((pending, memoryview(chunk)[:cut])), line)
-            yield block
-            line += int(np.count_nonzero(np.frombuffer(block.data, np.uint8) == ord("\n")))  # bytes.count holds all threads up
+            data = b"".join((pending, memoryview(chunk)[:cut]))
+            ends = line_breaks(data)
+            yield LineBlock(data, line, ends=ends)
+            line += len(ends)
             pending = bytearray(chunk[cut:])
         else:
             pending += chunk

@@ -28,7 +28,7 @@ def cut_array(stream: ByteStream, block_bytes: int, max_line_bytes: int) -> Iter
 
     >>> import io
     >>> list(cut_array(io.BytesIO(b'[{"a":\n1}, 2]'), 99, 99))
-    [LineBlock(data=b'{"a": 1}\n2\n', first_line=1, line_bytes=0, unit='row')]
+    [LineBlock(data=b'{"a": 1}\n2\n', first_line=1, line_bytes=0, unit='row', ends=None)]
 
     Raises:
         InputError: from the first row on whose end can't be found.

@@ -51,6 +51,16 @@ def test_line_is_a_product(line: bytes, row: tuple[str, str, str]) -> None:
     assert rows(read_block(LineBlock(line, 1), MOST)) == rows(read_strict(LineBlock(line, 1), MOST)) == [row]
 
 
+@pytest.mark.parametrize("ended", [True, False])
+def test_nul_is_no_end_wherever_it_stands(ended: bool) -> None:
+    line = GOOD.replace(b"}", b', "x": [1, 2.5, -3e4, {"y": null}]}')
+    data = b"\n".join([line] * 2) + b"\n" * ended
+    for at in range(len(data) + 1):
+        for nul in (b"\0", b"\0}", b"}\0"):
+            put = data[:at] + nul + data[at:]
+            assert told(read_block(LineBlock(put, 1), MOST)) == told(read_strict(LineBlock(put, 1), MOST))
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
