@@ -32,11 +32,12 @@ PIECE_BYTES = 2**20
 ASIDE_BYTES = 2**26
 """A smaller file is digested before a process has started."""
 ASIDE = """
-import hashlib, sys
+import hashlib, mmap, sys
 for handle in sys.argv[1:]:
-    with open(int(handle), "rb", buffering=0) as file:
-        print(hashlib.file_digest(file, "sha256").hexdigest())
+    with mmap.mmap(int(handle), 0, access=mmap.ACCESS_READ) as file:
+        print(hashlib.sha256(file).hexdigest())
 """
+"""Maps them, unlike read_digest: a file that is cut short meanwhile ends that process, and no other."""
 
 
 def file_digest(path: Path) -> str:

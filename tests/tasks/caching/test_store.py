@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import random
 import signal
-import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tasks.caching import files, locks, runs, store
+from tasks.caching import locks, runs, store
 from tasks.caching.context import open_run
 from tasks.caching.manifest import MANIFEST
 from tasks.caching.store import Missing
@@ -34,13 +31,6 @@ def published(text: str = "abc", kind: str = "products") -> Artifact:
 
 def drafts(home: Path) -> list[Path]:
     return list((home / "drafts").glob("*"))
-
-
-def settle(path: Path) -> None:
-    """Make a file old enough for its digest to be memoised."""
-    old = time.time() - 10
-    os.utime(path, (old, old))
-    time.sleep(files.RACY_SECONDS * 1.5)
 
 
 def test_equal_bytes_give_the_same_artifact(home: Path) -> None:
@@ -132,39 +122,6 @@ def test_size_check_reads_no_bytes() -> None:
         store.verify(artifact, "full")
 
 
-def test_digest_is_memoised_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "trn.json"
-    file.write_text("one")
-    settle(file)
-    first = files.file_digest(file)
-    monkeypatch.setattr(files.hashlib, "file_digest", lambda *_: pytest.fail("was hashed again"))
-    assert files.file_digest(file) == first
-
-
-def test_edit_with_a_kept_mtime_is_seen(tmp_path: Path) -> None:
-    file = tmp_path / "trn.json"
-    file.write_text("one")
-    settle(file)
-    stat, first = file.stat(), files.file_digest(file)
-    file.write_text("two")
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert files.file_digest(file) != first
-
-
-def test_write_through_a_mapping_that_was_dirty_before_is_seen(tmp_path: Path) -> None:
-    kind = subprocess.run(["stat", "-f", "-c", "%T", str(tmp_path)], capture_output=True, text=True, check=True).stdout.strip()
-    if kind == "tmpfs":
-        pytest.skip("a file system without a disk notes no time of what is written through a mapping")
-    file = tmp_path / "trn.json"
-    file.write_bytes(bytes(8192))
-    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as mapped:
-        mapped[0] = 1
-        settle(file)
-        first = files.file_digest(file)
-        mapped[1] = 1
-        assert files.file_digest(file) != first
-
-
 def test_too_little_space_is_said_before_writing(home: Path) -> None:
     with pytest.raises(NoSpaceError, match=r"needs at least 1,000,000,000,000,000 bytes, [\d,]+ were free\. Free some space"):
         with store.publish("products", need_bytes=10**15):
@@ -229,20 +186,6 @@ with locks.work_directory("k" * 64) as path:
     print(path, flush=True)
     time.sleep(900)
 """
-
-
-def test_the_memo_of_digests_is_done_without_where_it_is_damaged_or_cannot_be_written(
-    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "data"
-    file.write_text("abc")
-    os.utime(file, (1, 1))
-    first = files.file_digest(file)
-    files.memo_file().write_text("no database at all, and long enough to be looked at" * 20)
-    assert files.file_digest(file) == first
-    assert files.file_digest(file) == first
-    monkeypatch.setattr(files.sqlite3, "connect", lambda *_, **__: (_ for _ in ()).throw(sqlite3.OperationalError("read-only")))
-    assert files.file_digest(file) == first
 
 
 def test_a_root_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
