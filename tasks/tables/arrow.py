@@ -44,8 +44,12 @@ def read_table(path: Path) -> pa.Table:
 
 def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
     """Write batches as an Arrow IPC stream that is digested meanwhile; how many rows they had."""
+    import pyarrow as pa
+
     with followed(path):
-        return write_scratch(path, schema, batches)
+        rows = write_scratch(path, schema, batches)
+    pa.default_memory_pool().release_unused()  # Arrow keeps what a stage's batches took, some 200 MB, until others need it
+    return rows
 
 
 def write_scratch(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
