@@ -37,7 +37,7 @@ from tasks.tables.arrow import (
 )
 from tasks.tables.progress import counted
 from tasks.tables.streams import in_order
-from tasks.text.encoding import Encoded, load_tokenizer, special_id, to_ids
+from tasks.text.encoding import Encoded, special_id, take_tokenizer, to_ids
 from tasks.text.overlength import RowCounts, check_counts, check_ends, count_bos, fit
 from tasks.text.turn_encoding import (
     Bodies,
@@ -219,7 +219,7 @@ def _tokenize(name: str, texts: Artifact, method: Method) -> tuple[Artifact, Row
 def tokenize(texts: Texts, tokenizer: Tokenizer, config: TokenizeConfig) -> Split:
     """Ids and labels of both splits; BOS once, EOS after every answer, at most max_tokens a row."""
     template = json.loads((texts.template / "template.json").read_text(encoding="utf-8"))
-    method = choose_method(texts.train, load_tokenizer(tokenizer), template, config)
+    method = choose_method(texts.train, take_tokenizer(tokenizer), template, config)
     train, counts = _tokenize("training rows", texts.train, method)
     evaluation, _ = _tokenize("evaluation rows", texts.evaluation, method)
     logger.info("tokenize: %s rows, %s tokens, %s of them learnt", f"{counts.kept:,}", f"{counts.tokens:,}", f"{counts.learnt:,}")

@@ -45,7 +45,7 @@ def load_ahead(tokenizer: Tokenizer) -> None:
         _ahead[tokenizer.digest] = load_tokenizer_json(Path(tokenizer.path))
 
 
-def load_tokenizer(tokenizer: Tokenizer) -> Backend:
+def take_tokenizer(tokenizer: Tokenizer) -> Backend:
     """A tokenizer, for encoding; it may have been loaded before.
 
     Raises:
