@@ -76,7 +76,9 @@ def digested_aside(paths: Iterable[Path]) -> Generator[bool]:
             return
         before, handles = [_synced(file) for file in files.values()], [file.fileno() for file in files.values()]
         command = [sys.executable, "-I", "-S", "-c", ASIDE, *map(str, handles)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=handles) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, pass_fds=handles
+        ) as process:  # silent, for a terminal's Ctrl-C reaches it too
             try:
                 yield True
                 digests = process.communicate()[0].split()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 import stat
 from collections.abc import Iterable
@@ -91,7 +92,9 @@ def _oddity(path: Path) -> str | None:
         mode = path.stat().st_mode
     except OSError as error:
         return f"a link to nothing ({error.strerror})" if path.is_symlink() else f"not to be had ({error.strerror})"
-    return None if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "no plain file")
+    if not stat.S_ISREG(mode):
+        return KINDS.get(stat.S_IFMT(mode), "no plain file")
+    return None if os.access(path, os.R_OK) else "closed to this user (check its permissions)"
 
 
 def _source_file(path: Path, setting: str) -> SourceFile:
