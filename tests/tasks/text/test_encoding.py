@@ -13,10 +13,20 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
 from tokenizers.models import BPE, WordLevel
 
+from tasks.reading.model_files import directory_tokenizer
 from tasks.refs import InputError
-from tasks.text.encoding import BatchEncoder, from_ids, load_tokenizer_json, special_id, token_bytes
+from tasks.text import encoding
+from tasks.text.encoding import (
+    BatchEncoder,
+    from_ids,
+    load_ahead,
+    load_tokenizer_json,
+    special_id,
+    take_tokenizer,
+    token_bytes,
+)
 from tests.support.prepared import id_rows
-from tests.support.tiny import BOS, EOS, make_tiny_tokenizer
+from tests.support.tiny import BOS, EOS, make_tiny_model, make_tiny_tokenizer
 
 TEXTS = ["Chaleira elétrica", "", f"ends {EOS} {BOS}", "茶 ☕\n\n"]
 
@@ -35,6 +45,25 @@ def test_a_saved_tokenizer_is_loaded_without_its_truncation_and_padding(tmp_path
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     ids = load_tokenizer_json(tmp_path).encode("x" * 20, add_special_tokens=False).ids
     assert len(ids) == 20
+
+
+def test_a_tokenizer_that_was_loaded_before_its_turn_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tiny_model(tmp_path)
+    named = directory_tokenizer(tmp_path)
+    load_ahead(named)
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "load_tokenizer_json", lambda _: pytest.fail("was loaded again"))
+        first = take_tokenizer(named)
+    assert take_tokenizer(named) is not first
+
+
+def test_what_can_not_be_loaded_is_told_when_its_turn_comes(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path)
+    named = directory_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    load_ahead(named)
+    with pytest.raises(InputError, match="expected a file of the tokenizers library"):
+        take_tokenizer(named)
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
