@@ -85,7 +85,8 @@ def digested_aside(paths: Iterable[Path]) -> Generator[bool]:
             finally:
                 process.kill()
     for path, stat, digest in zip(files, before, digests, strict=False):  # fewer, if it was killed
-        _remember_settled(path, stat, digest)
+        with suppress(OSError):  # gone
+            _remember_settled(path, stat, digest)
 
 
 def _synced(file: IO[bytes]) -> os.stat_result:

@@ -99,6 +99,7 @@ def test_no_process_is_started_for_small_files_or_such_as_are_not_there(tmp_path
 def test_a_file_that_changes_meanwhile_is_digested_again(large: list[Path]) -> None:
     with files.digested_aside(large):
         large[0].write_text("other")
+        large[1].unlink()
     settle(large[0])
     assert files.file_digest(large[0]) == hashlib.sha256(b"other").hexdigest()
 
