@@ -45,7 +45,7 @@ class Distinct:
         """Which members of the batch are neither in the set nor earlier in the batch; then all are in the set."""
         order = np.argsort(hashes[0])
         ascending = hashes[:, order]
-        if (ascending[0, 1:] == ascending[0, :-1]).any():  # seldom; to sort by both halves takes ten times as long
+        if (ascending[0, 1:] == ascending[0, :-1]).any():  # seldom; to sort by both halves takes longer
             order = np.lexsort(hashes[::-1])
             ascending = hashes[:, order]
         new = np.ones(len(order), np.bool_)

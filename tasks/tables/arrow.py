@@ -48,7 +48,7 @@ def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
 
     with followed(path):
         rows = write_scratch(path, schema, batches)
-    pa.default_memory_pool().release_unused()  # Arrow keeps what a stage's batches took, some 200 MB, until others need it
+    pa.default_memory_pool().release_unused()  # else Arrow keeps what the batches took
     return rows
 
 

@@ -37,7 +37,7 @@ _ahead: dict[str, Backend] = {}
 
 
 def load_ahead(tokenizer: Tokenizer) -> None:
-    """Load the data stages' libraries and a tokenizer before their turn; Llama 3's takes half a second, and all threads wait."""
+    """Load the data stages' libraries and a tokenizer before their turn; all threads wait while a tokenizer is loaded."""
     import polars  # noqa: F401  # pyright: ignore[reportUnusedImport]
     import pyarrow.json  # noqa: F401  # pyright: ignore[reportUnusedImport]
 

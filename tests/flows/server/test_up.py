@@ -50,12 +50,16 @@ class Recorder(up.Processes):
 
 
 @pytest.mark.parametrize(("gpus", "workers"), [(0, 1), (2, 2)])
-def test_there_are_as_many_workers_as_gpus_each_of_which_may_train_on_all(gpus: int, workers: int) -> None:
-    processes = Recorder({})
+def test_there_are_as_many_workers_as_gpus_each_of_which_may_train_on_all(
+    gpus: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[str | None]()
+    monkeypatch.setattr(up.psutil, "Popen", lambda *_, env, **__: seen.append(env.get("CUDA_VISIBLE_DEVICES")))
+    processes = up.Processes({"CUDA_VISIBLE_DEVICES": "the user's"})
     names = up._start_workers(processes, gpus)
     assert names == {"cpu-0": "cpu"} | {f"cuda-{number}": "cuda" for number in range(workers)}
+    assert seen == ["the user's"] * (1 + workers)
     trains = [item for name, item in processes.started.items() if name != "cpu-0"]
-    assert "CUDA_VISIBLE_DEVICES" not in processes.env
     assert all(item.command[-2:] == ("--limit", "1") for item in trains)
 
 

@@ -29,7 +29,8 @@ from tasks.refs import Adapter, ConfigError, Model
 from tasks.training import hardware, model_shape
 from tasks.training.backend import Job
 from tasks.training.checkpoints import checkpoints, is_last
-from tasks.training.fast import frozen, lora_linear, loss
+from tasks.training.fast import frozen, layers, lora_linear, loss
+from tasks.training.fast import packed as packed_model
 from tasks.training.fast.backend import LENGTHS, Lengths, collator, max_lengths
 from tasks.training.fast.loss import linear_loss
 from tasks.training.fast.memory_plan import check_supported, choose
@@ -288,6 +289,20 @@ def fifty_packed_steps(model: Model, micro: int, *, checkpointed: bool) -> list[
     wrapped = tiny_llama(model, torch.float32)
     llama = PackedLlama(wrapped, "plain", checkpointed=checkpointed, compiled=False)
     return fifty_steps(wrapped, lambda rows, items: llama.loss(Collator()(rows), items), micro)
+
+
+def test_flash_attention_4_is_left_alone_where_a_gpu_would_wait_for_python(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, attend = list[bool](), layers.attend
+    monkeypatch.setattr(layers, "attend", lambda *parts, flash4: seen.append(flash4) or attend(*parts))
+    monkeypatch.setattr(packed_model, "flash4_agrees", lambda *_: True)
+    base = make_tiny_model(Path(model.path).parent / "one layer", layers=1)
+    llama = PackedLlama(tiny_llama(tiny_reference(base), torch.float32), "plain", checkpointed=False, compiled=False)
+    shape = model_shape.read_shape(base)
+    assert shape is not None
+    monkeypatch.setattr(packed_model, "BUSY_PRODUCTS", 20 * shape.layer_parameters)
+    for tokens in (19, 20):
+        llama.logits(Collator()([{"input_ids": [5] * tokens, "labels": [5] * tokens}]))
+    assert seen == [False, True]
 
 
 def fifty_unpacked_steps(model: Model) -> list[float]:
