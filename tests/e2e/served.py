@@ -168,7 +168,11 @@ class Served:
 
     def process_named(self, *words: str) -> psutil.Process:
         """The process of the server or of a worker."""
-        return next(process for process in self.processes() if set(words) <= set(process.cmdline()))
+        return self.processes_named(*words)[0]
+
+    def processes_named(self, *words: str) -> list[psutil.Process]:
+        """As process_named; none while it is to be started again."""
+        return [process for process in self.processes() if set(words) <= set(process.cmdline())]
 
     def processes(self) -> list[psutil.Process]:
         """All that `up` started, by the root in their environment."""

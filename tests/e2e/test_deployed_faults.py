@@ -73,7 +73,7 @@ def test_killed_worker_crashes_its_run_with_the_cause_and_up_starts_it_again(ser
     assert served.ended(child)["state_type"] == "CRASHED"
     assert "worker that ran this was killed" in served.run(child)["state"]["message"]
     assert served.ended(run)["state_type"] == "CRASHED"
-    until(lambda: served.process_named("inner", "--name", "cuda-0").pid != worker.pid)
+    until(lambda: any(process.pid != worker.pid for process in served.processes_named("inner", "--name", "cuda-0")))
 
 
 @pytest.mark.slow("a deployed run and its training")
