@@ -1,91 +1,148 @@
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false
-"""Triton kernels of the fast backend; imported where there is a GPU, for torch's CPU build has no Triton."""
+"""Operators for GPUs that torch.compile sees through, and their Triton kernels.
+
+Imported where there is a GPU, for torch's CPU build has no Triton.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import triton_op, wrap_triton
 
-VALUES_PER_WARP = 1024
-"""32 for each thread: what its registers hold of five tensors at once."""
+from tasks.training.fast.positions import turn
 
+CHUNK = 1024
+"""Values of a row that are turned back at once, where a row needs no scale."""
+CHUNK_IN_FP8, WARPS_IN_FP8 = 4096, 16
+"""The same where it does: a row by one block of threads, in turns."""
+ROWS = 16
+"""Whose low-rank values are put in place at once."""
 
 ROOT, CUBE = tl.constexpr(math.sqrt(2 / math.pi)), tl.constexpr(0.044715)
 """Of gelu by its tangent hyperbolic: x (1 + tanh(ROOT (x + CUBE x^3))) / 2, which is x times the sigmoid of twice that."""
+F8_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
-def _gated_backward(
-    grad,
-    both,
-    out,
-    out8,
-    scale,
-    width,
-    width8,
-    room: tl.constexpr,
-    block: tl.constexpr,
-    tail: tl.constexpr,
-    gelu: tl.constexpr,
-    in_fp8: tl.constexpr,
-):
-    """A row of silu(gate) * up, or gelu's, backwards; all of it at once, so that its largest value is known before it is fp8."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, block)
+def _gradients(grad, both, width, at, gelu: tl.constexpr):
+    """Of some of a row's gates and ups, of that of silu(gate) * up or gelu's."""
     inside = at < width
-    g = tl.load(grad + row * width + at, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(both + row * 2 * width + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(both + row * 2 * width + width + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(both + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(both + width + at, mask=inside, other=0.0).to(tl.float32)
     if gelu:
         square = gate * gate
         share = tl.sigmoid(2 * ROOT * gate * (1 + CUBE * square))
         slope = 2 * ROOT * (1 + 3 * CUBE * square)
-        of_gate = (g * up * share * (1 + gate * (1 - share) * slope)).to(out.dtype.element_ty)
+        of_gate = g * up * share * (1 + gate * (1 - share) * slope)
     else:
         share = tl.sigmoid(gate)
-        of_gate = (g * up * share * (1 + gate * (1 - share))).to(out.dtype.element_ty)
-    of_up = (g * gate * share).to(out.dtype.element_ty)
-    tl.store(out + row * 2 * width + at, of_gate, mask=inside)
-    tl.store(out + row * 2 * width + width + at, of_up, mask=inside)
-    if in_fp8:
-        of_gate, of_up = of_gate.to(tl.float32), of_up.to(tl.float32)
-        largest = tl.maximum(tl.max(tl.abs(of_gate), 0), tl.max(tl.abs(of_up), 0))
-        of_row = tl.maximum(largest, 1e-12) * room
-        tl.store(scale + row, of_row)
-        tl.store(out8 + row * width8 + at, (of_gate / of_row).to(tl.float8e4nv), mask=inside)
-        tl.store(out8 + row * width8 + width + at, (of_up / of_row).to(tl.float8e4nv), mask=inside)
-        rest = 2 * width + tl.arange(0, tail)
-        tl.store(out8 + row * width8 + rest, tl.zeros([tail], tl.float32).to(tl.float8e4nv), mask=rest < width8)
+        of_gate = g * up * share * (1 + gate * (1 - share))
+    return of_gate, g * gate * share
 
 
-def run_gated_backward(grad: Tensor, both: Tensor, *, gelu: bool) -> Tensor:
+@triton.jit
+def _gated_backward(grad, both, out, width, chunk: tl.constexpr, gelu: tl.constexpr):
+    """A chunk of a row of silu(gate) * up, or gelu's, backwards."""
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * chunk + tl.arange(0, chunk)
+    of_gate, of_up = _gradients(grad + row * width, both + row * 2 * width, width, at, gelu)
+    out += row * 2 * width
+    tl.store(out + at, of_gate.to(out.dtype.element_ty), mask=at < width)
+    tl.store(out + width + at, of_up.to(out.dtype.element_ty), mask=at < width)
+
+
+@triton.jit
+def _gated_backward_in_fp8(
+    grad, both, out, out8, scale, width, width8, room: tl.constexpr, chunk: tl.constexpr, gelu: tl.constexpr
+):
+    """A row of it; then, as its largest value is known, the same in fp8, read again from the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    out += row * 2 * width
+    out8 += row * width8
+    largest = tl.zeros([chunk], tl.float32)
+    for start in range(0, width, chunk):
+        at = start + tl.arange(0, chunk)
+        of_gate, of_up = _gradients(grad + row * width, both + row * 2 * width, width, at, gelu)
+        of_gate, of_up = of_gate.to(out.dtype.element_ty), of_up.to(out.dtype.element_ty)
+        tl.store(out + at, of_gate, mask=at < width)
+        tl.store(out + width + at, of_up, mask=at < width)
+        largest = tl.maximum(largest, tl.maximum(tl.abs(of_gate.to(tl.float32)), tl.abs(of_up.to(tl.float32))))
+    of_row = tl.maximum(tl.max(largest, 0), 1e-12) * room
+    tl.store(scale + row, of_row)
+    tl.debug_barrier()  # other threads of the block have written what is read now
+    for start in range(0, 2 * width, chunk):
+        at = start + tl.arange(0, chunk)
+        value = tl.load(out + at, mask=at < 2 * width, other=0.0).to(tl.float32)
+        tl.store(out8 + at, (value / of_row).to(tl.float8e4nv), mask=at < 2 * width)
+
+
+@triton.jit
+def _put_low(low, scale, balance, out8, tokens, rank, start, width8, rows: tl.constexpr, room: tl.constexpr):
+    """The low-rank values of some rows beside their fp8 ones, in the scale of each row times the balance; zeros after them."""
+    row = (tl.program_id(0) * rows + tl.arange(0, rows))[:, None].to(tl.int64)
+    at = tl.arange(0, room)[None, :]
+    value = tl.load(low + row * rank + at, mask=(row < tokens) & (at < rank), other=0.0).to(tl.float32)
+    of_row = tl.load(scale + row, mask=row < tokens, other=1.0) * tl.load(balance)
+    scaled = tl.minimum(tl.maximum(value / of_row, -F8_MAX), F8_MAX)
+    tl.store(out8 + row * width8 + start + at, scaled.to(tl.float8e4nv), mask=(row < tokens) & (start + at < width8))
+
+
+@triton_op("amazon_ft::gated_backward", mutates_args=())
+def gated_backward(grad: Tensor, both: Tensor, gelu: bool) -> Tensor:
     """The gradient (T, 2 I) of gate and up, side by side in `both` (T, 2 I), of that of silu(gate) * up or gelu's, (T, I)."""
-    out = torch.empty_like(both)
-    _launch(grad, both, out, out, out, both.shape[1], 1.0, gelu=gelu, in_fp8=False)
+    out, width = torch.empty_like(both), both.shape[1] // 2
+    grid = (triton.cdiv(width, CHUNK), len(both))
+    wrap_triton(_gated_backward)[grid](grad.contiguous(), both.contiguous(), out, width, chunk=CHUNK, gelu=gelu)
     return out
 
 
-def run_gated_backward_in_fp8(
-    grad: Tensor, both: Tensor, width8: int, room: float, *, gelu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same; and in e4m3 over a scale for each row, (T, 1), its largest value times `room`: (T, width8), zeros at the end."""
-    out = torch.empty_like(both)
-    out8 = torch.empty(len(both), width8, dtype=torch.float8_e4m3fn, device=both.device)
+@triton_op("amazon_ft::gated_backward_in_fp8", mutates_args=())
+def gated_backward_in_fp8(
+    grad: Tensor, both: Tensor, b: Tensor, balance: Tensor, width8: int, room: float, gelu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same, G; G B; and [G | G B] in e4m3, (T, width8), with the scale of each row, (T, 1): its largest value times `room`.
+
+    G B is over that scale times the balance there, zeros are after it.
+    """
+    g, width = torch.empty_like(both), both.shape[1] // 2
+    wide = torch.empty(len(both), width8, dtype=torch.float8_e4m3fn, device=both.device)
     scale = torch.empty(len(both), 1, dtype=torch.float32, device=both.device)
-    _launch(grad, both, out, out8, scale, width8, room, gelu=gelu, in_fp8=True)
-    return out, out8, scale
+    sizes = {"room": room, "chunk": CHUNK_IN_FP8, "num_warps": WARPS_IN_FP8}
+    kernel = wrap_triton(_gated_backward_in_fp8)
+    kernel[(len(both),)](grad.contiguous(), both.contiguous(), g, wide, scale, width, width8, gelu=gelu, **sizes)
+    low = g @ b
+    _put_beside(low, scale, balance, wide, 2 * width)
+    return g, low, wide, scale
 
 
-def _launch(
-    grad: Tensor, both: Tensor, out: Tensor, out8: Tensor, scale: Tensor, width8: int, room: float, **variant: bool
-) -> None:
-    width = both.shape[1] // 2
-    block = triton.next_power_of_2(width)
-    tail = triton.next_power_of_2(max(width8 - 2 * width, 1))
-    warps = min(32, max(4, block // VALUES_PER_WARP))
-    sizes = {"room": room, "block": block, "tail": tail, "num_warps": warps}
-    _gated_backward[(len(both),)](grad.contiguous(), both.contiguous(), out, out8, scale, width, width8, **sizes, **variant)
+def _put_beside(low: Tensor, scale: Tensor, balance: Tensor, wide: Tensor, start: int) -> None:
+    """By a kernel of its own, for torch.compile would copy all of `wide` to write a part of it."""
+    tokens, width8 = wide.shape
+    sizes = {"rows": ROWS, "room": triton.next_power_of_2(width8 - start)}
+    kernel = wrap_triton(_put_low)
+    kernel[(triton.cdiv(tokens, ROWS),)](low, scale, balance, wide, tokens, low.shape[1], start, width8, **sizes)
+
+
+@triton_op("amazon_ft::rotary", mutates_args=())
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions; their gradient is the same the other way round, of which torch.compile makes more than of autograd's."""
+    return turn(x, cos, sin)
+
+
+def _keep_tables(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _turn_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    cos, sin = ctx.saved_tensors
+    return rotary(grad, cos, -sin), None, None
+
+
+rotary.register_autograd(_turn_back, setup_context=_keep_tables)

@@ -157,16 +157,6 @@ def block(x: Tensor, cos: Tensor, sin: Tensor, rows: RowBounds, maps: Sequence[M
     return _add(x, _norm(_apply(narrow, widened, layer), norms.after_gate, layer), layer)
 
 
-@torch.no_grad()
-def put_adapters(maps: Sequence[Map], layer: LayerConfig, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Put a layer's adapters as they are now beside its frozen matrices but plain ones, and return all of them."""
-    matrices = [frozen.adapter_matrices(linear.downs, linear.ups, layer.scaling, dtype) for linear in maps]
-    for linear, (a, b) in zip(maps, matrices, strict=True):
-        if linear.kind != "plain":
-            frozen.refresh(linear.kind, linear.base, a, b)
-    return matrices
-
-
 def _apply(linear: Map, x: Tensor, layer: LayerConfig, function: Callable[..., Tensor] = lora_linear.apply) -> Tensor:
     kind, base, downs, ups, bias = linear
     y = function(kind, x, *frozen.adapter_matrices(downs, ups, layer.scaling, x.dtype), base)

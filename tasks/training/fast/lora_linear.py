@@ -112,12 +112,9 @@ def _fp8_product(x: Tensor, low: Tensor, weight: Tensor, scale: Tensor, balance:
     """[x | low] times the transpose of an extended fp8 matrix."""
     of_row = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) * (ROOM / F8_MAX)
     wide = (x.float() / of_row).to(F8)
-    narrow = _to_fp8(functional.pad(low, (0, weight.shape[1] - x.shape[1] - low.shape[1])), of_row * balance)
+    beside = functional.pad(low, (0, weight.shape[1] - x.shape[1] - low.shape[1])).float()
+    narrow = (beside / (of_row * balance)).clamp(-F8_MAX, F8_MAX).to(F8)
     return _scaled_product(torch.cat([wide, narrow], 1), of_row, weight, scale, x.dtype)
-
-
-def _to_fp8(low: Tensor, scale: Tensor) -> Tensor:
-    return (low.float() / scale).clamp(-F8_MAX, F8_MAX).to(F8)
 
 
 def _scaled_product(x: Tensor, of_row: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -159,7 +156,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, gated_backward(*grads, *ctx.saved_tensors, ctx.gelu)
+        return None, _gradient_of_gates(*grads, *ctx.saved_tensors, gelu=ctx.gelu)
 
 
 class _Fp8Gated(torch.autograd.Function):
@@ -173,7 +170,7 @@ class _Fp8Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, *_gated_gradients_in_fp8(*grads, *ctx.saved_tensors, ctx.gelu), None, None, None, None, None, None
+        return None, *_gated_gradients_in_fp8(*grads, *ctx.saved_tensors, gelu=ctx.gelu), None, None, None, None, None, None
 
 
 class _Fp8BackwardGated(torch.autograd.Function):
@@ -187,7 +184,7 @@ class _Fp8BackwardGated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, *_gated_gradients_in_fp8(*grads, *ctx.saved_tensors, ctx.gelu), None, None, None, None
+        return None, *_gated_gradients_in_fp8(*grads, *ctx.saved_tensors, gelu=ctx.gelu), None, None, None, None
 
 
 def _gated(both: Tensor, gelu: bool) -> Tensor:
@@ -195,18 +192,12 @@ def _gated(both: Tensor, gelu: bool) -> Tensor:
     return (functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)) * up
 
 
-def _gated_gradients_in_fp8(grad: Tensor, x: Tensor, low: Tensor, *map_back: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dx, g, low_g = gated_map_backward(grad, *map_back)
-    return dx, low_g.t() @ x, g.t() @ low
-
-
-@torch.library.custom_op("amazon_ft::gated_backward", mutates_args=())
-def gated_backward(grad: Tensor, both: Tensor, gelu: bool) -> Tensor:
-    """The gradient of gate and up, side by side in `both` (rows, 2 I), of that of silu(gate) * up or gelu's, (rows, I)."""
+def _gradient_of_gates(grad: Tensor, both: Tensor, *, gelu: bool) -> Tensor:
+    """Of gate and up, side by side in `both` (rows, 2 I), of that of silu(gate) * up or gelu's, (rows, I)."""
     if grad.is_cuda:
         from tasks.training.fast import kernels
 
-        return kernels.run_gated_backward(grad, both, gelu=gelu)
+        return kernels.gated_backward(grad, both, gelu)
     gate, up = both.chunk(2, 1)
     if gelu:
         of_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
@@ -214,28 +205,13 @@ def gated_backward(grad: Tensor, both: Tensor, gelu: bool) -> Tensor:
     return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * functional.silu(gate)], 1)
 
 
-@gated_backward.register_fake
-def _(_grad: Tensor, both: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(both)
-
-
-@torch.library.custom_op("amazon_ft::gated_map_backward", mutates_args=())
-def gated_map_backward(
-    grad: Tensor, both: Tensor, b: Tensor, wt: Tensor, wts: Tensor, balance_t: Tensor, gelu: bool
+def _gated_gradients_in_fp8(
+    grad: Tensor, x: Tensor, low: Tensor, both: Tensor, b: Tensor, wt: Tensor, wts: Tensor, balance_t: Tensor, *, gelu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of x by the map that gave `both`, the base matrix's part in fp8; that of `both`; and the latter times B."""
+    """Of x, A and B of the map that gave `both`, of the gradient behind its gates."""
     if not grad.is_cuda:
-        g = gated_backward(grad, both, gelu)
-        low = g @ b
-        return _fp8_product(g, low, wt, wts, balance_t), g, low
+        return _gradients_in_fp8(_gradient_of_gates(grad, both, gelu=gelu), x, low, b, wt, wts, balance_t)
     from tasks.training.fast import kernels
 
-    g, wide, of_row = kernels.run_gated_backward_in_fp8(grad, both, wt.shape[1], ROOM / F8_MAX, gelu=gelu)
-    low = g @ b
-    wide[:, g.shape[1] : g.shape[1] + low.shape[1]] = _to_fp8(low, of_row * balance_t)
-    return _scaled_product(wide, of_row, wt, wts, g.dtype), g, low
-
-
-@gated_map_backward.register_fake
-def _(_grad: Tensor, both: Tensor, b: Tensor, wt: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return both.new_empty((len(both), len(wt))), torch.empty_like(both), both.new_empty((len(both), b.shape[1]))
+    g, low_g, wide, of_row = kernels.gated_backward_in_fp8(grad, both, b, balance_t, wt.shape[1], ROOM / F8_MAX, gelu)
+    return _scaled_product(wide, of_row, wt, wts, g.dtype), low_g.t() @ x, g.t() @ low

@@ -21,12 +21,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from tasks.training.fast import frozen
 from tasks.training.fast.attention import Scores, flash4_agrees, seen_blocks
 from tasks.training.fast.frozen import Kind
-from tasks.training.fast.layers import Layer, RowBounds, block, common_config, put_adapters, rms_norm, take_over
+from tasks.training.fast.layers import Layer, RowBounds, block, common_config, rms_norm, take_over
 from tasks.training.fast.loss import IGNORED, Logits, linear_loss
-from tasks.training.fast.maps import Map, lora_scaling
+from tasks.training.fast.maps import AdapterRefresh, lora_scaling
 from tasks.training.fast.positions import Positions
 from tasks.training.parallel.shards import SharedLayers
 
@@ -62,7 +61,7 @@ class PackedLlama:
         self._logits = Logits(float(getattr(config, "logits_scaling", 1.0)), getattr(config, "final_logit_softcapping", None))
         self._checkpointed, self._compiled = checkpointed, compiled
         self._block = torch.compile(block, dynamic=False) if compiled else block
-        self._put = torch.compile(put_adapters, dynamic=False) if compiled else put_adapters
+        self._refresh = AdapterRefresh(self._config.scaling, compiled=compiled)
 
     def loss(self, batch: Mapping[str, Any], items: Tensor | int) -> Tensor:
         """Negative log-likelihood of the batch's labelled tokens over `items`, the labelled tokens of a whole step."""
@@ -85,6 +84,7 @@ class PackedLlama:
         rows = self._rows(batch, x)
         if self._shards is not None:
             return self._shards(x, [partial(self._run_with, layer, tables, rows) for layer in self._layers])
+        self._refresh.all_layers([layer.maps for layer in self._layers], x.dtype)
         for layer in self._layers:
             x = self._run(layer, tables, rows, x, checkpointed=self._checkpointed)
         return x
@@ -97,11 +97,11 @@ class PackedLlama:
 
     def _run_with(self, layer: Layer, tables: Any, rows: Any, bases: Sequence[Sequence[Tensor]], x: Tensor) -> Tensor:
         maps = [linear._replace(base=tuple(base)) for linear, base in zip(layer.maps, bases, strict=True)]
+        self._refresh.one_layer(maps, x.dtype)
         return self._run(layer._replace(maps=maps), tables, rows, x, checkpointed=False)
 
     def _run(self, layer: Layer, tables: Any, rows: Any, x: Tensor, *, checkpointed: bool) -> Tensor:
         maps, norms, config, positions = layer
-        self._refresh(maps, x.dtype)
         cos, sin = tables[positions]
         inputs = (x, cos, sin, rows[config.scores], maps, norms, config)
         return checkpoint(self._block, *inputs, use_reentrant=False) if checkpointed else self._block(*inputs)
@@ -119,15 +119,6 @@ class PackedLlama:
         """Whether FlashAttention-4 is here and right for this model."""
         heads = (self._config.query_heads, self._config.key_heads, self._config.head_size)
         return flash4_agrees(heads, self._kinds, self._head.device, self._head.dtype)
-
-    def _refresh(self, maps: Sequence[Map], dtype: torch.dtype) -> None:
-        """Put a layer's adapters as they are now beside its frozen matrices.
-
-        Those of plain matrices outside the compiled function, which would copy the whole matrices for them.
-        """
-        for linear, matrices in zip(maps, self._put(maps, self._config, dtype), strict=True):
-            if linear.kind == "plain":
-                frozen.refresh("plain", linear.base, *matrices)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -163,6 +164,20 @@ def test_with_fp8_backward_a_model_says_what_it_says_in_bfloat16_and_its_gradien
     assert loss == plain[0]
     assert torch.equal(logits, plain[1])
     assert relative(gradients(wrapped), wanted) < 6e-2
+
+
+@pytest.mark.filterwarnings("default")  # of torch, about its own tracing
+def test_traced_by_torch_compile_every_gradient_is_what_it_is_untraced(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    plain, traced = tiny_llama(model, torch.float32), tiny_llama(model, torch.float32)
+    packed(plain, ROWS)
+    packed(traced, ROWS, compiled=True)
+    wanted = gradients(plain)
+    assert max(relative({name: grad}, {name: wanted[name]}) for name, grad in gradients(traced).items()) < 1e-5
+
+
+def test_a_loss_is_that_of_the_adapter_as_it_is_and_where_it_is(model: Model) -> None:
+    assert_follows_its_adapter(model, "plain", device="cpu")
 
 
 def test_a_row_is_not_moved_by_its_neighbours(model: Model) -> None:
@@ -482,6 +497,47 @@ def test_on_a_gpu_compiled_packs_lose_what_rows_lose_on_the_cpu(tmp_path: Path) 
     on_cpu = curve(train(wide, packs, **same))
     on_gpu = curve(train(wide, packs, **same | {"frozen_weights": "plain"}, device="cuda", dtype="bfloat16"))
     assert on_gpu == pytest.approx(on_cpu, rel=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "bound"), [("plain", 0.04), ("fp8", 0.15), ("fp8-backward", 6e-2)])
+def test_on_a_gpu_every_compiled_gradient_is_near_to_float32s(kind: frozen.Kind, bound: float, tmp_path: Path) -> None:
+    needs_cuda()
+    wide = tiny_reference(make_tiny_model(tmp_path / "wide", hidden=256))
+    _, _, wanted = reference(wide, ROWS)
+    wrapped = tiny_llama(wide, torch.bfloat16).to("cuda")
+    packed(wrapped, ROWS, kind=kind, collate=FILLED, compiled=True)
+    assert max(relative({name: grad.cpu()}, {name: wanted[name]}) for name, grad in gradients(wrapped).items()) < bound
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["plain", "fp8", "fp8-backward"])
+def test_on_a_gpu_a_loss_is_that_of_the_adapter_as_it_is_and_where_it_is(kind: frozen.Kind, tmp_path: Path) -> None:
+    needs_cuda()
+    assert_follows_its_adapter(tiny_reference(make_tiny_model(tmp_path / "wide", hidden=256)), kind, device="cuda")
+
+
+def assert_follows_its_adapter(model: Model, kind: frozen.Kind, device: str) -> None:
+    """Losses of one model whose adapter is changed in place, then elsewhere, are those of new models."""
+    rows = send_to_device(Collator()(ROWS), device)
+
+    def of_factor(factor: float) -> PackedLlama:
+        wrapped = tiny_llama(model, torch.bfloat16).to(device)
+        for parameter in adapter_of(wrapped).values():
+            parameter.data *= factor
+        return PackedLlama(wrapped, kind, checkpointed=False, compiled=False)
+
+    wrapped = tiny_llama(model, torch.bfloat16).to(device)
+    llama = PackedLlama(wrapped, kind, checkpointed=False, compiled=device == "cuda")
+    wanted = [of_factor(factor).loss(rows, 1).item() for factor in (1, 4, 8)]
+    got = [llama.loss(rows, 1).item()]
+    for parameter in adapter_of(wrapped).values():
+        parameter.data.mul_(4)
+    got.append(llama.loss(rows, 1).item())
+    for parameter in adapter_of(wrapped).values():
+        parameter.data = parameter.data * 2
+    got.append(llama.loss(rows, 1).item())
+    assert got == pytest.approx(wanted, rel=0.004)
 
 
 def test_the_bench_measures_the_backend_in_a_process_of_its_own(model: Model, tmp_path: Path) -> None:
