@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -166,14 +166,26 @@ def test_with_fp8_backward_a_model_says_what_it_says_in_bfloat16_and_its_gradien
     assert relative(gradients(wrapped), wanted) < 6e-2
 
 
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
+    """torch.compile without its code for processors; nothing is left of it."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    loss._slice_function.cache_clear()
+    yield counter
+    loss._slice_function.cache_clear()
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("traced")
 @pytest.mark.filterwarnings("default")  # of torch, about its own tracing
-def test_traced_by_torch_compile_every_gradient_is_what_it_is_untraced(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    plain, traced = tiny_llama(model, torch.float32), tiny_llama(model, torch.float32)
-    packed(plain, ROWS)
-    packed(traced, ROWS, compiled=True)
-    wanted = gradients(plain)
-    assert max(relative({name: grad}, {name: wanted[name]}) for name, grad in gradients(traced).items()) < 1e-5
+def test_traced_by_torch_compile_every_gradient_is_what_it_is_untraced(model: Model) -> None:
+    untraced, wrapped = tiny_llama(model, torch.float32), tiny_llama(model, torch.float32)
+    packed(untraced, ROWS)
+    packed(wrapped, ROWS, compiled=True)
+    wanted = gradients(untraced)
+    assert max(relative({name: grad}, {name: wanted[name]}) for name, grad in gradients(wrapped).items()) < 1e-5
 
 
 def test_a_loss_is_that_of_the_adapter_as_it_is_and_where_it_is(model: Model) -> None:
@@ -252,18 +264,15 @@ def test_the_loss_in_slices_is_cross_entropy(rows: int, seed: int) -> None:
     assert torch.allclose(got_grad, grad, atol=1e-6)
 
 
-def test_last_slices_of_any_size_share_a_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
-    counter, random = CompileCounterWithBackend("eager"), torch.Generator().manual_seed(0)
+def test_last_slices_of_any_size_share_a_compilation(traced: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(0)
     monkeypatch.setattr(loss, "SLICE", 8)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     weight = torch.randn(11, 6, generator=random)
-    loss._slice_function.cache_clear()
     for rows in (21, 13, 8, 15, 19, 18):
         hidden, targets = torch.randn(rows, 6, generator=random), torch.randint(0, 11, (rows,), generator=random)
         wanted, got = (linear_loss(hidden, weight, targets, 4, compiled=compiled) for compiled in (False, True))
         assert got.item() == pytest.approx(wanted.item())
-    loss._slice_function.cache_clear()
-    assert counter.frame_count == 2
+    assert traced.frame_count == 2
 
 
 @settings(deadline=None, max_examples=25)
