@@ -509,7 +509,7 @@ def test_on_a_gpu_compiled_packs_lose_what_rows_lose_on_the_cpu(tmp_path: Path) 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("kind", "bound"), [("plain", 0.04), ("fp8", 0.15), ("fp8-backward", 6e-2)])
+@pytest.mark.parametrize(("kind", "bound"), [("plain", 0.04), ("fp8", 0.5), ("fp8-backward", 0.1)])
 def test_on_a_gpu_every_compiled_gradient_is_near_to_float32s(kind: frozen.Kind, bound: float, tmp_path: Path) -> None:
     needs_cuda()
     wide = tiny_reference(make_tiny_model(tmp_path / "wide", hidden=256))
