@@ -61,58 +61,6 @@ def _adapter(module: Any, linear: Any) -> tuple[Tensor, Tensor]:
     return module.lora_A["default"].weight, module.lora_B["default"].weight
 
 
-class AdapterRefresh:
-    """Puts adapters as they are now beside their frozen matrices."""
-
-    def __init__(self, scaling: float, *, compiled: bool) -> None:
-        """LoRA's alpha / rank; and whether torch compiles the arithmetic, on a GPU."""
-        self._scaling, self._compiled = scaling, compiled
-        self._put = torch.compile(_put_adapters, dynamic=False) if compiled else _put_adapters
-        self._graph: Any = None
-        self._captured: tuple[torch.dtype, list[int]] | None = None
-
-    def one_layer(self, maps: Sequence[Map], dtype: torch.dtype) -> None:
-        """Those of a layer's maps.
-
-        Of plain matrices outside the compiled function, which would copy the whole matrices for them.
-        """
-        kept = [linear for linear in maps if linear.kind != "nf4"]
-        for linear, matrices in zip(kept, self._put(kept, self._scaling, dtype), strict=True):
-            if matrices:
-                frozen.refresh(linear.kind, linear.base, *matrices)
-
-    def all_layers(self, layers: Sequence[Sequence[Map]], dtype: torch.dtype) -> None:
-        """Those of all layers, each at its place in memory for good; where they are compiled, as one CUDA graph.
-
-        Its many short kernels take a GPU less time than Python takes to start them, for which small models waited.
-        """
-        beside = [linear for maps in layers for linear in maps if linear.kind != "nf4"]
-        if not (self._compiled and beside and beside[0].downs[0].is_cuda):
-            self._each(layers, dtype)
-            return
-        adapters = [part for linear in beside for part in (*linear.downs, *linear.ups)]
-        if self._captured != (captured := (dtype, [part.data_ptr() for part in adapters])):
-            self._each(layers, dtype)  # what is compiled or loaded at first cannot be captured
-            self._graph, self._captured = torch.cuda.CUDAGraph(), captured
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # other threads load batches meanwhile
-                self._each(layers, dtype)
-        self._graph.replay()
-
-    def _each(self, layers: Sequence[Sequence[Map]], dtype: torch.dtype) -> None:
-        for maps in layers:
-            self.one_layer(maps, dtype)
-
-
-@torch.no_grad()
-def _put_adapters(maps: Sequence[Map], scaling: float, dtype: torch.dtype) -> list[tuple[Tensor, Tensor] | None]:
-    """All but those of plain matrices, of which A and B are returned."""
-    matrices = [frozen.adapter_matrices(linear.downs, linear.ups, scaling, dtype) for linear in maps]
-    for linear, (a, b) in zip(maps, matrices, strict=True):
-        if linear.kind != "plain":
-            frozen.refresh(linear.kind, linear.base, a, b)
-    return [pair if linear.kind == "plain" else None for linear, pair in zip(maps, matrices, strict=True)]
-
-
 def is_nf4(linear: Any) -> bool:
     """Whether a linear module's weight is stored as frozen.py unpacks it; some models leave a few of theirs in 16 bits."""
     state = getattr(linear.weight, "quant_state", None)
@@ -141,3 +89,56 @@ def unnested_scales(state: Any) -> Tensor:
 def lora_scaling(wrapped: Any) -> float:
     """The factor of all adapters: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
     return float(next(module.scaling["default"] for module in wrapped.modules() if hasattr(module, "lora_A")))
+
+
+class AdapterRefresh:
+    """Puts adapters as they are now beside their frozen matrices."""
+
+    def __init__(self, scaling: float, *, compiled: bool) -> None:
+        """LoRA's alpha / rank; and whether torch compiles the arithmetic, on a GPU."""
+        self._scaling, self._compiled = scaling, compiled
+        self._put = torch.compile(_put_adapters, dynamic=False) if compiled else _put_adapters
+        self._graph: Any = None
+        self._captured: tuple[torch.dtype, list[int]] | None = None
+
+    def one_layer(self, maps: Sequence[Map], dtype: torch.dtype) -> None:
+        """Those of a layer's maps.
+
+        Of plain matrices outside the compiled function, which would copy the whole matrices for them.
+        """
+        kept = [linear for linear in maps if linear.kind != "nf4"]
+        for linear, matrices in zip(kept, self._put(kept, self._scaling, dtype) if kept else (), strict=True):
+            if matrices:
+                frozen.refresh(linear.kind, linear.base, *matrices)
+
+    def all_layers(self, layers: Sequence[Sequence[Map]], dtype: torch.dtype) -> None:
+        """Those of all layers, each at its place in memory for good; where they are compiled, as one CUDA graph.
+
+        Its many short kernels take a GPU less time than Python takes to start them, for which small models waited.
+        """
+        beside = [linear for maps in layers for linear in maps if linear.kind != "nf4"]
+        if not (self._compiled and beside and beside[0].downs[0].is_cuda):
+            self._each(layers, dtype)
+            return
+        adapters = [part for linear in beside for part in (*linear.downs, *linear.ups)]
+        if self._captured != (captured := (dtype, [part.data_ptr() for part in adapters])):
+            self._each(layers, dtype)  # what is compiled or loaded at first cannot be captured
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # other threads load batches meanwhile
+                self._each(layers, dtype)
+            self._captured = captured
+        self._graph.replay()
+
+    def _each(self, layers: Sequence[Sequence[Map]], dtype: torch.dtype) -> None:
+        for maps in layers:
+            self.one_layer(maps, dtype)
+
+
+@torch.no_grad()
+def _put_adapters(maps: Sequence[Map], scaling: float, dtype: torch.dtype) -> list[tuple[Tensor, Tensor] | None]:
+    """All but those of plain matrices, of which A and B are returned."""
+    matrices = [frozen.adapter_matrices(linear.downs, linear.ups, scaling, dtype) for linear in maps]
+    for linear, (a, b) in zip(maps, matrices, strict=True):
+        if linear.kind != "plain":
+            frozen.refresh(linear.kind, linear.base, a, b)
+    return [pair if linear.kind == "plain" else None for linear, pair in zip(maps, matrices, strict=True)]
