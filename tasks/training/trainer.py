@@ -29,7 +29,7 @@ from tasks.training.hardware import peak_gib, used_gib
 from tasks.training.parallel.dealing import Idle
 from tasks.training.parallel.peers import Alone, Peers, find_peers
 from tasks.training.validation import ValidationLoss, best_step, has_stopped_improving
-from tasks.training.watch import LOG, DivergenceCheck, Watch, read_log, rewind_log
+from tasks.training.watch import LOG, DivergenceCheck, GradientCheck, Watch, read_log, rewind_log
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ def run_trainer(job: Job, trainer: Any) -> float:
             rows_of=lambda step: uids_of(trainer, peers.rows_of_step(trainer, step)),
             kept=lambda: describe_kept(job.work),
         ),
+        gradients=GradientCheck(dict(trainer.model.named_parameters()), tells=peers.is_first),
         memory_gib=lambda: used_gib(job.resolved.device),
         of_all=peers.of_all,
         tells=peers.is_first,

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class Watch:
         log: Path,
         steps: int,
         check: DivergenceCheck,
+        gradients: GradientCheck | None = None,
         memory_gib: Callable[[], float],
         of_all: Callable[[Sequence[StepRecord]], list[StepRecord]] = list,
         tells: bool = True,
@@ -76,7 +77,7 @@ class Watch:
         self._of_all, self._tells = of_all, tells
         self._log = log
         self._steps = steps
-        self._check = check
+        self._check, self._gradients = check, gradients
         self._open = Pending()
         self._waiting: list[Pending] = []
         self._memory_gib = memory_gib
@@ -93,8 +94,10 @@ class Watch:
         self._open.grad_norm = grad_norm
 
     def stepped(self, learning_rate: float) -> None:
-        """The optimizer made a step at this rate."""
+        """The optimizer made a step at this rate; the gradients are there still."""
         self._open.learning_rate = learning_rate
+        if self._gradients is not None:
+            self._gradients.look()
 
     def step_ended(self, step: int, held_out_loss: float | None) -> None:
         """The step is complete, and what was lost on held-out rows after it, if that was looked at; steps count from 1."""
@@ -168,6 +171,29 @@ class DivergenceCheck:
         if not math.isfinite(record.grad_norm) and not self.scaled:
             return f"gradient norm {record.grad_norm:g}"
         return None
+
+
+class GradientCheck:
+    """Says which modules' adapters have no gradient, in the first step that has any: a loss does not show it."""
+
+    def __init__(self, parameters: Mapping[str, Any], *, tells: bool) -> None:
+        """A model's parameters by name. B of LoRA is looked at: it is zero at first, and so is A's gradient then."""
+        named = [(name.split("."), parameter) for name, parameter in parameters.items() if parameter.requires_grad]
+        self._adapters = [(path[-4], parameter) for path, parameter in named if path[-3:-2] == ["lora_B"]]
+        self._looks = tells
+
+    def look(self) -> None:
+        """All gradients of a step are there."""
+        if not self._looks:
+            return
+        idle = [module for module, parameter in self._adapters if parameter.grad is None or not parameter.grad.any()]
+        self._looks = len(idle) == len(self._adapters)  # as of a batch without labels
+        if idle and not self._looks:
+            logger.warning(
+                "finetune: no gradient for the adapters of %s; expected one for each. Without any they learn nothing: "
+                "try finetune.backend=hf, or another version of torch.",
+                ", ".join(sorted(set(idle))),
+            )
 
 
 def tell_steps(report: StepsLogged) -> None:

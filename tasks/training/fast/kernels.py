@@ -7,15 +7,12 @@ Imported where there is a GPU, for torch's CPU build has no Triton.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
-
-from tasks.training.fast.positions import turn
 
 CHUNK = 1024
 """Values of a row that are turned back at once, where a row needs no scale."""
@@ -128,21 +125,3 @@ def _put_beside(low: Tensor, scale: Tensor, balance: Tensor, wide: Tensor, start
     sizes = {"rows": ROWS, "room": triton.next_power_of_2(width8 - start)}
     kernel = wrap_triton(_put_low)
     kernel[(triton.cdiv(tokens, ROWS),)](low, scale, balance, wide, tokens, low.shape[1], start, width8, **sizes)
-
-
-@triton_op("amazon_ft::rotary", mutates_args=())
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions; their gradient is the same the other way round, of which torch.compile makes more than of autograd's."""
-    return turn(x, cos, sin)
-
-
-def _keep_tables(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _turn_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    cos, sin = ctx.saved_tensors
-    return rotary(grad, cos, -sin), None, None
-
-
-rotary.register_autograd(_turn_back, setup_context=_keep_tables)

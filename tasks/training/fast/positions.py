@@ -88,15 +88,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on x (T, heads, D), or the first of its D where cos and sin are for fewer, whose halves are equal."""
     if (turned := cos.shape[-1]) < x.shape[-1]:
         return torch.cat([rotate(x[..., :turned], cos, sin), x[..., turned:]], -1)
-    if not x.is_cuda:
-        return turn(x, cos, sin)
-    from tasks.training.fast import kernels
-
-    return kernels.rotary(x, cos, sin)
+    return (_rotary if x.is_cuda else _turn)(x, cos, sin)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same of all of D, as torch differentiates it."""
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     left, right = x.chunk(2, -1)
     turned = x * cos[:, None] + torch.cat([-right, left], -1) * sin[:, None]
     return turned.to(x.dtype)  # OLMo 2 turns in float32
+
+
+def _make_rotary() -> Any:
+    """An operator that torch.compile sees through, whose gradient is the same the other way round.
+
+    torch 2.11 compiles an autograd.Function that ends with `.to` of the type it has to one that gives no gradient.
+    """
+    operator: Any = torch.library.triton_op("amazon_ft::rotary", _turn, mutates_args=())
+
+    def keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
+        ctx.save_for_backward(*inputs[1:])
+
+    def turn_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return operator(grad, cos, -sin), None, None
+
+    operator.register_autograd(turn_back, setup_context=keep)
+    return operator
+
+
+_rotary = _make_rotary() if torch.backends.cuda.is_built() else _turn
+"""torch's CPU build has no Triton, and says so where an operator is made; nothing is compiled there."""

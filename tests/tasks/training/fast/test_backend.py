@@ -365,6 +365,19 @@ def test_one_by_eight_trains_as_eight_by_one_and_as_the_hf_backend(model: Model)
     assert one_by_eight == pytest.approx(hf, abs=1e-5)
 
 
+@pytest.mark.parametrize(("lost", "told"), [(False, []), (True, ["adapters of k_proj, q_proj;"])])
+def test_a_training_says_which_adapters_have_no_gradient(
+    lost: bool, told: list[str], model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    turned = layers.rotate
+    if lost:
+        monkeypatch.setattr(layers, "rotate", lambda *parts: turned(*parts).detach())
+    train(model, tiny_tokens(40), **FAST, max_steps=3)
+    warned = [record.getMessage() for record in caplog.records if "no gradient" in record.getMessage()]
+    assert len(warned) == len(told)
+    assert all(text in message for text, message in zip(told, warned, strict=True))
+
+
 def test_it_trains_packs_to_an_adapter_that_peft_loads(model: Model) -> None:
     adapter = train(model, tiny_tokens(40, kind="packs"), **FAST, batch_size=1)
     assert adapter.steps == 12
