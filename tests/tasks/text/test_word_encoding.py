@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
@@ -159,12 +158,11 @@ def test_an_empty_column_has_no_ids() -> None:
     assert len(make_encoder(make_tiny_tokenizer(), plain=False).encode(pa.array([], pa.string()))) == 0
 
 
-def test_words_are_counted_per_text() -> None:
+def test_a_text_is_split_into_its_words() -> None:
     encoder = make_encoder(make_tiny_tokenizer(), plain=False)
     assert isinstance(encoder, WordEncoder)
-    words, counts = encoder.split(pl.Series(["a  b", "", "don't 12"]))
-    assert words.to_list() == ["a", " ", " b", "don", "'t", " 12"]
-    assert np.array_equal(counts, [3, 0, 3])
+    words = encoder.split(pl.Series(["a  b", "", "don't 12"]))
+    assert words.to_list() == [["a", " ", " b"], [], ["don", "'t", " 12"]]
 
 
 def test_a_full_dictionary_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +175,8 @@ def test_a_full_dictionary_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> Non
             row.ids for row in backend.encode_batch(texts, add_special_tokens=False)
         ]
         assert isinstance(encoder, WordEncoder)
-        assert len(encoder._dictionary) <= 50
+        assert len(encoder._words._met) <= 50
+        assert len(encoder._pieces._met) <= 50
 
 
 def test_texts_encoded_by_several_threads_keep_their_ids() -> None:
