@@ -113,8 +113,8 @@ def followed(path: Path) -> Generator[None]:
     path.touch()
     ended = Event()
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(2) as pool:
-        digested, synced = pool.submit(_digest_along, file, ended), pool.submit(_sync_along, file, ended)
-        try:
+        try:  # a signal may come while the threads begin, which would wait for the end, and the pool for them
+            digested, synced = pool.submit(_digest_along, file, ended), pool.submit(_sync_along, file, ended)
             yield
         finally:
             ended.set()

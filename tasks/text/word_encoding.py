@@ -51,8 +51,8 @@ _AGREED = ((0x00, 0x17E), (0x180, 0x52F), (0x2000, 0x206F), (0x20A0, 0x20BF), (0
 """Code points whose class is old enough to be the same in every regex engine; checked when an encoder is made."""
 
 
-MAX_WORDS = 1 << 20
-"""Words remembered at a time, some 100 bytes each: real text never stops bringing new ones."""
+MAX_WORDS = 1 << 19
+"""Words remembered at a time, and pieces, some 100 bytes each: real text never stops bringing new ones."""
 WORDS_A_TEXT = 512
 """Words handed to the tokenizer as one text: a text costs it more than a word."""
 

@@ -6,10 +6,16 @@ import errno
 import hashlib
 import random
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 
+from tasks.caching import files
 from tasks.caching.files import followed
 from tasks.caching.manifest import MANIFEST, Damage, find_damage, write_manifest
 
@@ -124,3 +130,21 @@ def test_error_of_the_disk_while_a_file_is_written_is_told(tmp_path: Path, monke
     monkeypatch.setattr("os.fdatasync", fail)
     with pytest.raises(OSError, match="Input/output"), followed(tmp_path / "file"):
         time.sleep(0.1)
+
+
+def test_interrupted_while_its_threads_begin_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(ThreadPoolExecutor):
+        def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+            if fn is files._sync_along:
+                raise KeyboardInterrupt
+            return super().submit(fn, *args, **kwargs)
+
+    def follow() -> None:
+        with suppress(KeyboardInterrupt), followed(tmp_path / "file"):
+            pass
+
+    monkeypatch.setattr(files, "ThreadPoolExecutor", Interrupted)
+    following = Thread(target=follow, daemon=True)
+    following.start()
+    following.join(30)
+    assert not following.is_alive()
