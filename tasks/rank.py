@@ -12,6 +12,7 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -27,6 +28,8 @@ from tasks.training.memory import training_errors_explained
 from tasks.training.parallel.launch import TOLD
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Where torchrun's agent looks for the error of a process. Source: torch.distributed.elastic.multiprocessing.errors."""
 
 
 class PassedOn:
@@ -72,13 +75,28 @@ def see_one_device(device: str) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
 
 
+def make_error_handler() -> Any:
+    """torch's, whose file is there once it is whole: the agent may read it, or kill this process, at any moment."""
+    from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
+
+    class WholeErrors(ErrorHandler):
+        def record_exception(self, e: BaseException) -> None:
+            target = os.environ[ERROR_FILE]
+            part = Path(f"{target}.part")
+            os.environ[ERROR_FILE] = str(part)
+            super().record_exception(e)
+            part.replace(target)
+
+    return WholeErrors()
+
+
 def run_rank(folder: Path) -> None:
     """Train, and leave torchrun's agent word of an error."""
     see_one_device(read_job(folder).resolved.device)  # before torch looks
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:
-        record(train_rank)(folder)
+        record(train_rank, make_error_handler())(folder)
     except BaseException:
         os._exit(1)  # at once: the others may not come any more to where they would be waited for
 

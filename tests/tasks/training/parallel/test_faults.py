@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, Proce
 
 from tasks.config import FinetuneConfig, WeightsConfig
 from tasks.finetune import finetune, left_behind
+from tasks.rank import make_error_handler
 from tasks.refs import DivergedError, Model, PipelineError
 from tasks.training import hardware
 from tasks.training.backend import Job
@@ -153,3 +154,20 @@ def job_in(work: Path, model: Model) -> Job:
     config = FinetuneConfig(backend="hf", gradient_checkpointing="none")
     resolved = hardware.resolve(config, WeightsConfig(load_in_4bit=False), "cpu")
     return Job(model, work / "tokens.arrow", False, config, 64, resolved, work)
+
+
+def test_the_error_of_a_process_is_there_once_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "error.json"
+
+    def killed(*_: Any) -> None:
+        assert not file.exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("json.dump", killed)
+        make_error_handler().record_exception(ValueError("odd"))
+    assert not file.exists()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    make_error_handler().record_exception(ValueError("odd"))
+    assert json.loads(file.read_text())["message"]["message"] == "ValueError: odd"
