@@ -45,4 +45,5 @@ def test_a_signal_sent_twice_is_one_and_ctrl_c_later_on_waits_for_nothing(how: s
         if seconds == 900:
             time.sleep(TWICE_SECONDS)
             process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 128 + how
+        code = process.wait(60)
+        assert (code if code >= 0 else 128 - code) == 128 + how  # as a shell has it: Python may have let go of signals already
