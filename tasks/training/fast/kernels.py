@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from tasks.training.fast import frozen
+
 CHUNK = 1024
 """Values of a row that are turned back at once, where a row needs no scale."""
 CHUNK_IN_FP8, WARPS_IN_FP8 = 4096, 16
@@ -23,7 +25,7 @@ ROWS = 16
 
 ROOT, CUBE = tl.constexpr(math.sqrt(2 / math.pi)), tl.constexpr(0.044715)
 """Of gelu by its tangent hyperbolic: x (1 + tanh(ROOT (x + CUBE x^3))) / 2, which is x times the sigmoid of twice that."""
-F8_MAX = tl.constexpr(448.0)
+LARGEST = tl.constexpr(frozen.F8_MAX)
 
 
 @triton.jit
@@ -87,7 +89,7 @@ def _put_low(low, scale, balance, out8, tokens, rank, start, width8, rows: tl.co
     at = tl.arange(0, room)[None, :]
     value = tl.load(low + row * rank + at, mask=(row < tokens) & (at < rank), other=0.0).to(tl.float32)
     of_row = tl.load(scale + row, mask=row < tokens, other=1.0) * tl.load(balance)
-    scaled = tl.minimum(tl.maximum(value / of_row, -F8_MAX), F8_MAX)
+    scaled = tl.minimum(tl.maximum(value / of_row, -LARGEST), LARGEST)
     tl.store(out8 + row * width8 + start + at, scaled.to(tl.float8e4nv), mask=(row < tokens) & (start + at < width8))
 
 
