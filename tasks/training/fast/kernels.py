@@ -20,6 +20,8 @@ CHUNK = 1024
 """Values of a row that are turned back at once, where a row needs no scale."""
 CHUNK_IN_FP8, WARPS_IN_FP8 = 4096, 16
 """The same where it does: a row by one block of threads, in turns."""
+PAIRS = 512
+"""Values of two halves of heads that are turned back at once."""
 ROWS = 16
 """Whose low-rank values are put in place at once."""
 
@@ -93,6 +95,30 @@ def _put_low(low, scale, balance, out8, tokens, rank, start, width8, rows: tl.co
     tl.store(out8 + row * width8 + start + at, scaled.to(tl.float8e4nv), mask=(row < tokens) & (start + at < width8))
 
 
+@triton.jit
+def _turned_back(q, k, v, cos, sin, out, queries, keys, half, heads: tl.constexpr, block: tl.constexpr):
+    """Some of a token's heads out of gradients of q, k and v, those of q and k turned back; both halves of a head at once."""
+    token = tl.program_id(1).to(tl.int64)
+    head = (tl.program_id(0) * heads + tl.arange(0, heads))[:, None]
+    at = tl.arange(0, block)[None, :]
+    of_q, of_k = head < queries, (head >= queries) & (head < queries + keys)
+    of_v = (head >= queries + keys) & (head < queries + 2 * keys)
+    q += (token * queries + head) * 2 * half + at
+    k += (token * keys + head - queries) * 2 * half + at
+    v += (token * keys + head - queries - keys) * 2 * half + at
+    inside = at < half
+    left = tl.load(q, mask=of_q & inside, other=0.0) + tl.load(k, mask=of_k & inside, other=0.0)
+    right = tl.load(q + half, mask=of_q & inside, other=0.0) + tl.load(k + half, mask=of_k & inside, other=0.0)
+    left = (left + tl.load(v, mask=of_v & inside, other=0.0)).to(tl.float32)
+    right = (right + tl.load(v + half, mask=of_v & inside, other=0.0)).to(tl.float32)
+    c = tl.where(of_v, 1.0, tl.load(cos + token * 2 * half + at, mask=inside, other=0.0).to(tl.float32))
+    s = tl.where(of_v, 0.0, tl.load(sin + token * 2 * half + at, mask=inside, other=0.0).to(tl.float32))
+    out += (token * (queries + 2 * keys) + head) * 2 * half + at
+    there = inside & (head < queries + 2 * keys)
+    tl.store(out, (left * c + right * s).to(out.dtype.element_ty), mask=there)
+    tl.store(out + half, (right * c - left * s).to(out.dtype.element_ty), mask=there)
+
+
 @triton_op("amazon_ft::gated_backward", mutates_args=())
 def gated_backward(grad: Tensor, both: Tensor, gelu: bool) -> Tensor:
     """The gradient (T, 2 I) of gate and up, side by side in `both` (T, 2 I), of that of silu(gate) * up or gelu's, (T, I)."""
@@ -127,3 +153,15 @@ def _put_beside(low: Tensor, scale: Tensor, balance: Tensor, wide: Tensor, start
     sizes = {"rows": ROWS, "room": triton.next_power_of_2(width8 - start)}
     kernel = wrap_triton(_put_low)
     kernel[(triton.cdiv(tokens, ROWS),)](low, scale, balance, wide, tokens, low.shape[1], start, width8, **sizes)
+
+
+@triton_op("amazon_ft::turned_back", mutates_args=())
+def turned_back(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The gradient (T, H + 2G, D) of all heads of those of queries and keys after their rotary positions, and of values."""
+    tokens, queries, size = q.shape
+    keys, block = k.shape[1], triton.next_power_of_2(size // 2)
+    out, heads = q.new_empty(tokens, queries + 2 * keys, size), max(PAIRS // block, 1)
+    grid = (triton.cdiv(queries + 2 * keys, heads), tokens)
+    given = (part.contiguous() for part in (q, k, v, cos, sin))
+    wrap_triton(_turned_back)[grid](*given, out, queries, keys, size // 2, heads=heads, block=block)
+    return out

@@ -19,7 +19,7 @@ from tasks.training.fast.attention import PLAIN, Scores, attend
 from tasks.training.fast.families import FAMILIES, Family, Gate
 from tasks.training.fast.frozen import Kind
 from tasks.training.fast.maps import Map, fuse_linears
-from tasks.training.fast.positions import rotate
+from tasks.training.fast.positions import rotate, turned_heads
 
 Groups = tuple[tuple[str, tuple[str, ...]], ...]
 GROUPS: Groups = (
@@ -147,10 +147,7 @@ def block(x: Tensor, cos: Tensor, sin: Tensor, rows: RowBounds, maps: Sequence[M
     """One decoder layer: x (T, W) to (T, W)."""
     into_heads, out_of_heads, widen, narrow = maps
     heads = _apply(into_heads, _norm(x, norms.before_attention, layer), layer).view(len(x), -1, layer.head_size)  # (T, H + 2G, D)
-    q, k, v = heads.split([layer.query_heads, layer.key_heads, layer.key_heads], 1)
-    q, k = _norm_heads(q, norms.queries, layer), _norm_heads(k, norms.keys, layer)
-    if layer.rotary:
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    q, k, v = _queries_keys_values(heads, cos, sin, norms, layer)
     mixed = attend(q, k, v, rows.bounds, rows.sizes, layer.scores, rows.blocks, flash4=rows.flash4)
     x = _add(x, _norm(_apply(out_of_heads, mixed.reshape(len(x), -1), layer), norms.after_attention, layer), layer)
     widened = _apply(widen, _norm(x, norms.before_gate, layer), layer, lora_linear.GATED[layer.gate])
@@ -169,6 +166,17 @@ def _add(x: Tensor, y: Tensor, layer: LayerConfig) -> Tensor:
 
 def _norm(x: Tensor, weight: Tensor | None, layer: LayerConfig) -> Tensor:
     return x if weight is None else rms_norm(x, weight, layer.epsilon, layer.norm_offset)
+
+
+def _queries_keys_values(
+    heads: Tensor, cos: Tensor, sin: Tensor, norms: Norms, layer: LayerConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(T, H, D), (T, G, D) and (T, G, D) of all heads (T, H + 2G, D)."""
+    if layer.rotary and norms.queries is None and norms.keys is None:
+        return turned_heads(heads, cos, sin, layer.query_heads, layer.key_heads)
+    q, k, v = heads.split([layer.query_heads, layer.key_heads, layer.key_heads], 1)
+    q, k = _norm_heads(q, norms.queries, layer), _norm_heads(k, norms.keys, layer)
+    return (rotate(q, cos, sin), rotate(k, cos, sin), v) if layer.rotary else (q, k, v)
 
 
 def _norm_heads(x: Tensor, weight: Tensor | None, layer: LayerConfig) -> Tensor:

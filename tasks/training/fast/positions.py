@@ -84,6 +84,14 @@ def _longrope(module: Any, kind: str | None) -> LongRope:
     return LongRope(short, long, length, factor)
 
 
+def turned_heads(heads: Tensor, cos: Tensor, sin: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys with rotary positions, and values, of heads (T, H + 2G, D)."""
+    if heads.is_cuda and cos.shape[-1] == heads.shape[-1]:
+        return _turned_heads(heads, cos, sin, queries, keys)
+    q, k, v = heads.split([queries, keys, keys], 1)
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on x (T, heads, D), or the first of its D where cos and sin are for fewer, whose halves are equal."""
     if (turned := cos.shape[-1]) < x.shape[-1]:
@@ -97,23 +105,35 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.to(x.dtype)  # OLMo 2 turns in float32
 
 
-def _make_rotary() -> Any:
-    """An operator that torch.compile sees through, whose gradient is the same the other way round.
+def _turn_heads(heads: Tensor, cos: Tensor, sin: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = heads.split([queries, keys, keys], 1)
+    return _turn(q, cos, sin), _turn(k, cos, sin), v.clone()
+
+
+def _make_operators() -> tuple[Any, Any]:
+    """Operators that torch.compile sees through, of `_turn` and of `_turn_heads`, whose gradients are the same turned back.
 
     torch 2.11 compiles an autograd.Function that ends with `.to` of the type it has to one that gives no gradient.
     """
-    operator: Any = torch.library.triton_op("amazon_ft::rotary", _turn, mutates_args=())
+    rotary: Any = torch.library.triton_op("amazon_ft::rotary", _turn, mutates_args=())
+    turned: Any = torch.library.triton_op("amazon_ft::turned_heads", _turn_heads, mutates_args=())
 
-    def keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
-        ctx.save_for_backward(*inputs[1:])
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
+        ctx.save_for_backward(*inputs[1:3])
 
     def turn_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return operator(grad, cos, -sin), None, None
+        return rotary(grad, cos, -sin), None, None
 
-    operator.register_autograd(turn_back, setup_context=keep)
-    return operator
+    def turn_heads_back(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        from tasks.training.fast import kernels
+
+        return kernels.turned_back(*grads, *ctx.saved_tensors), None, None, None, None
+
+    rotary.register_autograd(turn_back, setup_context=keep)
+    turned.register_autograd(turn_heads_back, setup_context=keep)
+    return rotary, turned
 
 
-_rotary = _make_rotary() if torch.backends.cuda.is_built() else _turn
+_rotary, _turned_heads = _make_operators() if torch.backends.cuda.is_built() else (_turn, _turn_heads)
 """torch's CPU build has no Triton, and says so where an operator is made; nothing is compiled there."""

@@ -30,7 +30,7 @@ from tasks.refs import Adapter, ConfigError, Model
 from tasks.training import hardware, model_shape
 from tasks.training.backend import Job
 from tasks.training.checkpoints import checkpoints, is_last
-from tasks.training.fast import frozen, layers, lora_linear, loss
+from tasks.training.fast import frozen, layers, lora_linear, loss, positions
 from tasks.training.fast import packed as packed_model
 from tasks.training.fast.backend import LENGTHS, Lengths, collator, max_lengths
 from tasks.training.fast.loss import linear_loss
@@ -369,9 +369,9 @@ def test_one_by_eight_trains_as_eight_by_one_and_as_the_hf_backend(model: Model)
 def test_a_training_says_which_adapters_have_no_gradient(
     lost: bool, told: list[str], model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    turned = layers.rotate
     if lost:
-        monkeypatch.setattr(layers, "rotate", lambda *parts: turned(*parts).detach())
+        turn = positions.rotate
+        monkeypatch.setattr(positions, "rotate", lambda *parts: turn(*parts).detach())
     train(model, tiny_tokens(40), **FAST, max_steps=3)
     warned = [record.getMessage() for record in caplog.records if "no gradient" in record.getMessage()]
     assert len(warned) == len(told)
@@ -508,6 +508,25 @@ def test_on_a_gpu_a_map_and_its_gradients_stay_near_to_float32(
 ) -> None:
     needs_cuda()
     assert_near(kind, bound, function, out, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("queries", "keys", "size"), [(32, 8, 128), (10, 10, 96), (8, 1, 256), (4, 2, 16)])
+def test_on_a_gpu_heads_are_turned_and_turned_back_as_on_the_cpu(queries: int, keys: int, size: int) -> None:
+    needs_cuda()
+    angles, parts = torch.rand(9, size // 2).repeat(1, 2), (queries, keys, keys)
+    heads, *grads = (torch.randn(9, count, size).bfloat16() for count in (sum(parts), *parts))
+
+    def turned(device: str, dtype: torch.dtype) -> list[Tensor]:
+        given = heads.detach().to(device).requires_grad_()
+        cos, sin = (table.to(device, dtype) for table in (angles.cos(), angles.sin()))
+        got = positions.turned_heads(given, cos, sin, queries, keys)
+        (grad,) = torch.autograd.grad(got, given, [part.to(device) for part in grads])
+        return [part.detach().cpu() for part in (*got, grad)]
+
+    for dtype in (torch.float32, torch.bfloat16):
+        wanted, got = turned("cpu", torch.float32), turned("cuda", dtype)
+        assert max(relative({"": one}, {"": other}) for one, other in zip(got, wanted, strict=True)) < 0.01
 
 
 @pytest.mark.gpu
