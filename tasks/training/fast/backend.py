@@ -27,6 +27,8 @@ LENGTHS = 6
 """Rows that are not packed are filled up to so many lengths on a GPU, which compiles each anew, and torch at most eight."""
 EVEN = 128
 """Packs are filled up to a multiple of this on a GPU, whose matrix products like even sizes."""
+LABELLED = 256
+"""Labelled positions are filled up to a multiple of this on a GPU, which has other kernels for other sizes, each to be loaded."""
 
 
 class FastBackend:
@@ -142,7 +144,7 @@ def gpu_collator(lengths: Lengths, batch_size: int, *, packed: bool) -> Collator
     most = batch_size * lengths.pack
     tokens = round_up(most if packed else -(-most // LENGTHS), EVEN)
     rows = batch_size * lengths.rows + -(-tokens // lengths.row)
-    return Collator(tokens=tokens, longest=lengths.row, rows=rows)
+    return Collator(tokens=tokens, longest=lengths.row, rows=rows, labelled=LABELLED)
 
 
 def round_up(size: int, step: int) -> int:

@@ -136,6 +136,8 @@ class Collator:
     """No such row is longer than this."""
     rows: int = 0
     """Fill `bounds` up to so many rows, empty ones."""
+    labelled: int = 0
+    """Fill the labelled positions up to a multiple of this, with some that have no label; 0: leave their number."""
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch as tensors, but for `sizes`."""
@@ -149,6 +151,7 @@ class Collator:
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         labels[bounds[:-1].long()] = IGNORED  # a row's first token is never predicted from the row before
         positions = torch.nonzero(labels[1:] != IGNORED)[:, 0]
+        room = -len(positions) % self.labelled if self.labelled else 0
         return {
             "input_ids": torch.tensor([ids]),
             "attention_mask": (torch.arange(len(ids)) < text)[None],
@@ -156,8 +159,8 @@ class Collator:
             "labels": labels[None],
             "sizes": (len(lengths), max(lengths)),
             "bounds": functional.pad(bounds, (0, max(0, self.rows + 1 - len(bounds))), value=len(ids)),
-            "positions": positions,
-            "shift_labels": labels[positions + 1],
+            "positions": functional.pad(positions, (0, room)),
+            "shift_labels": functional.pad(labels[positions + 1], (0, room), value=IGNORED),
         }
 
 

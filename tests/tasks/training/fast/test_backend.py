@@ -77,7 +77,7 @@ def reference(model: Model, rows: Rows) -> tuple[float, Tensor, dict[str, Tensor
 
 
 ROWS = some_rows([20, 7, 33, 12, 26])
-FILLED = Collator(tokens=128, longest=25, rows=9)
+FILLED = Collator(tokens=128, longest=25, rows=9, labelled=64)
 
 
 @pytest.mark.parametrize("collate", [Collator(), FILLED])
@@ -220,13 +220,13 @@ def test_a_module_without_an_adapter_stays_as_it_is(model: Model) -> None:
 
 def test_the_collator_lays_rows_end_to_end() -> None:
     rows = [{"input_ids": [0, 7, 8, 1, 0, 9, 1], "labels": [-100, 7, 8, 1, 0, 9, 1], "seq_lengths": [4, 3]}]
-    batch = Collator(tokens=5, longest=2, rows=5)(rows)
+    batch = Collator(tokens=5, longest=2, rows=5, labelled=4)(rows)
     assert batch["input_ids"].tolist() == [[0, 7, 8, 1, 0, 9, 1, 0, 0, 0]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 0]]
     assert batch["bounds"].tolist() == [0, 4, 7, 9, 10, 10]
     assert batch["sizes"] == (4, 4)
-    assert batch["positions"].tolist() == [0, 1, 2, 4, 5]
-    assert batch["shift_labels"].tolist() == [7, 8, 1, 9, 1]
+    assert batch["positions"].tolist() == [0, 1, 2, 4, 5, 0, 0, 0]
+    assert batch["shift_labels"].tolist() == [7, 8, 1, 9, 1, -100, -100, -100]
     assert batch["attention_mask"].sum() == 7
 
 
