@@ -1,7 +1,7 @@
 """A set of 128-bit hashes that grows to any size: 16 bytes a member, on disk where it is large.
 
-Members lie in runs sorted by their upper half, which are merged whenever two neighbours are about equal in length, so that
-there are only a few. A bitmap answers most questions about new members without a search.
+Members lie in runs sorted by their upper half, which are merged whenever there are many of about equal length, so that there
+are some dozens at most. A bitmap answers most questions about new members without a search.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ Flags = NDArray[np.bool_]
 SPILL_MEMBERS = 2**20
 """Longer runs are files without a name, gone with the process; only the pages in use are in memory."""
 BITMAP_BITS = 28
+MERGE_RUNS = 8
+"""Merged at a time: the fewer times a member is moved, and searches are few."""
 MERGE_PARTS = 64
-"""Two runs are merged piece by piece; hashes are spread evenly, so the pieces are alike."""
+"""Long runs are merged piece by piece; hashes are spread evenly, so the pieces are alike."""
 
 
 class Distinct:
@@ -69,15 +71,17 @@ class Distinct:
     def _insert(self, run: Hashes) -> None:
         if run.shape[1]:
             self._runs.append(run)
-        while len(self._runs) > 1 and self._runs[-2].shape[1] <= 2 * self._runs[-1].shape[1]:
-            self._runs[-2:] = [self._merge(*self._runs[-2:])]
+        last = self._runs[-MERGE_RUNS:]
+        while len(last) == MERGE_RUNS and last[0].shape[1] <= 2 * last[-1].shape[1]:
+            self._runs[-MERGE_RUNS:] = [self._merge(last)]
+            last = self._runs[-MERGE_RUNS:]
 
-    def _merge(self, one: Hashes, two: Hashes) -> Hashes:
-        merged, at = self._room(one.shape[1] + two.shape[1]), 0
+    def _merge(self, runs: list[Hashes]) -> Hashes:
+        merged, at = self._room(sum(run.shape[1] for run in runs)), 0
         bounds = np.arange(1, MERGE_PARTS, dtype=np.uint64) * np.uint64(2**64 // MERGE_PARTS)
-        cuts = [[0, *np.searchsorted(run[0], bounds), run.shape[1]] for run in (one, two)]
-        for (a, b), (c, d) in zip(*map(pairwise, cuts), strict=True):
-            part = np.concatenate([one[:, a:b], two[:, c:d]], axis=1)
+        cuts = [pairwise([0, *np.searchsorted(run[0], bounds), run.shape[1]]) for run in runs]
+        for places in zip(*cuts, strict=True):
+            part = np.concatenate([run[:, start:end] for run, (start, end) in zip(runs, places, strict=True)], axis=1)
             merged[:, at : at + part.shape[1]] = part[:, np.argsort(part[0], kind="stable")]
             at += part.shape[1]
         return merged
