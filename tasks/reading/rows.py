@@ -208,7 +208,7 @@ def _read_fast(block: LineBlock, max_line_bytes: int, wanted: Wanted) -> ParsedB
     """The block's rows; None when a line is, or may be, anything but one well-formed product."""
     import pyarrow as pa
 
-    lines = _object_lines(block, max_line_bytes)
+    lines = object_lines(block, max_line_bytes)
     if lines is None:
         return None
     try:
@@ -231,7 +231,7 @@ def _without_nulls(table: pa.Table) -> pa.Table:
     return table
 
 
-def _object_lines(block: LineBlock, max_line_bytes: int) -> int | None:
+def object_lines(block: LineBlock, max_line_bytes: int) -> int | None:
     """How many lines the block has, if all start with { and end with }, in UTF-8, none too long.
 
     A line break can't lie within a JSON string, and } before it with { after it lies between two top-level values. So as

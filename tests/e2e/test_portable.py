@@ -20,6 +20,7 @@ NEEDED = [
     "fsspec",
     "httpx",
     "huggingface-hub",
+    "msgspec",
     "numpy",
     "polars",
     "pyarrow",
