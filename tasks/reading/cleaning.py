@@ -5,11 +5,12 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from tasks.config import IngestConfig
+from tasks.reading.columns import FIELDS, product_schema
 from tasks.reading.distinct import Hashes
 from tasks.tables.arrow import is_conversations
 
@@ -29,6 +30,24 @@ C1 = "[\x80-\x9f]"
 INK = r"[^\s\x1c-\x1f]"
 """Anything but white space, as Python's str.isspace has it."""
 MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+class CleanRows(NamedTuple):
+    """Rows to keep unless they are duplicates."""
+
+    table: pa.Table
+    hashes: Hashes
+    dropped: dict[str, int]
+    """Rows left out, by reason."""
+
+
+def clean_rows(frame: pl.DataFrame, config: IngestConfig) -> CleanRows:
+    """Clean products and drop those that are empty."""
+    import polars as pl
+
+    frame, dropped = drop_empty(clean(frame, config), config)
+    table = frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(product_schema(frame.columns[len(FIELDS) :]))
+    return CleanRows(table, hash_texts(frame), dropped)
 
 
 def clean(frame: pl.DataFrame, config: IngestConfig) -> pl.DataFrame:
@@ -88,7 +107,7 @@ def drop_empty(frame: pl.DataFrame, config: IngestConfig) -> tuple[pl.DataFrame,
 
 
 def hash_texts(frame: pl.DataFrame) -> Hashes:
-    """128 bits for each row's texts; equal in one process only."""
+    """128 bits for each row's texts; equal with one version of polars only."""
     first, *others = (frame[name] for name in frame.columns if name != "uid")
     halves: list[Hashes] = []
     for seed in (1, 3):

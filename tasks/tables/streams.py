@@ -19,27 +19,33 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def in_order(work: Callable[[T], R], items: Iterable[T]) -> Generator[R]:
-    """As `map`, in order, by as many threads as there are cores; a bounded number of items is under way.
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0))
 
-    One more thread draws the items, one ahead, so that reading and working overlap. No item is None.
+
+def in_order(work: Callable[[T], R], items: Iterable[T], *, threads: int = 0, waiting: int = 0) -> Generator[R]:
+    """As `map`, in order, by as many threads as there are cores, or as are named; a bounded number of items is under way.
+
+    One more thread draws the items, one ahead, so that reading and working overlap. No item is None. With more items `waiting`
+    no thread stands still while the results are late to be taken.
 
     >>> list(in_order(abs, [-1, 2, -3]))
     [1, 2, 3]
     """
-    threads, drawn = len(os.sched_getaffinity(0)), iter(items)
+    threads, drawn = threads or cores(), iter(items)
     with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(1) as reader:
-        waiting, ahead = deque[Future[R]](), reader.submit(next, drawn, None)
+        begun, ahead = deque[Future[R]](), reader.submit(next, drawn, None)
         try:
             while (item := ahead.result()) is not None:
                 ahead = reader.submit(next, drawn, None)
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                begun.append(pool.submit(work, item))
+                if len(begun) > threads + waiting:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
         finally:
-            for future in waiting:
+            for future in begun:
                 future.cancel()
 
 

@@ -8,9 +8,10 @@ https://docs.python.org/3/reference/import.html#import-hooks
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -83,6 +84,28 @@ def collect_rarely() -> None:
     """
     young, middle, _ = gc.get_threshold()
     gc.set_threshold(young, middle, 100)
+
+
+def process_of(module: str) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of another process that runs a module of ours, whatever lies where this one was started."""
+    paths = [str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return [sys.executable, "-P", "-m", module], os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def imported_code() -> dict[str, str]:
+    """{path: SHA-256} of the modules of ours that this process has imported, and of the one that it runs."""
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in (*FIRST_PARTY, "__main__")]
+    paths = [path for module in modules if (path := getattr(module, "__file__", None))]
+    return {path: _code_digest(path) for path in paths}
+
+
+def is_as_read(code: Mapping[str, str]) -> bool:
+    """Whether the code that another process has imported is what was read here."""
+    return all(_code_digest(path) == digest for path, digest in code.items())
+
+
+def _code_digest(path: str) -> str:
+    return hashlib.sha256(read_once(path).content).hexdigest()
 
 
 def load_what_was_read() -> None:

@@ -5,6 +5,7 @@ A JSON array is cut into its objects, each made a line. Whatever the file's size
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -15,6 +16,7 @@ from tasks.reading.conversations import Chooser, conversation_columns, find_kind
 from tasks.reading.files.formats import BOM, Dialect, FileFormat, find_dialect, find_format, read_header
 from tasks.reading.files.json_array import array_values, cut_array
 from tasks.reading.files.packing import Allowance, ByteStream, Content, Rejoined, damage_named, seekable, unpacked
+from tasks.reading.files.stretches import Stretch, cut_stretches
 from tasks.reading.files.tabular import (
     RowBlock,
     cut_arrow_file,
@@ -43,6 +45,7 @@ class Look(NamedTuple):
     """Empty where no row can be read."""
     dialect: Dialect | None = None
     """Of delimited text."""
+    is_packed: bool = False
 
 
 def look(path: Path, config: IngestConfig) -> Look:
@@ -55,7 +58,7 @@ def look(path: Path, config: IngestConfig) -> Look:
         head = content.stream.read(HEAD_BYTES)
         found = find_format(head, content.name)
         dialect = find_dialect(head, content.name, config.csv) if found is FileFormat.DELIMITED else None
-        return Look(found, tuple(_columns(found, head, content, raw, config)), dialect)
+        return Look(found, tuple(_columns(found, head, content, raw, config)), dialect, content.packed)
 
 
 def _columns(found: FileFormat, head: bytes, content: Content, raw: IO[bytes], config: IngestConfig) -> list[str]:
@@ -114,6 +117,22 @@ def read_blocks(path: Path, config: IngestConfig, wanted: Wanted) -> Iterator[tu
         rejoined = content._replace(stream=Rejoined(head, content.stream))
         for block in _cut(found, head, rejoined, raw, path, config, wanted):
             yield block, min(raw.tell() / size, 1.0)
+
+
+def has_stretches(path: Path, config: IngestConfig) -> bool:
+    """Whether a file is lines of JSON just as they lie there, so that any part of it can be read by itself."""
+    seen = look(path, config)
+    return seen.format is FileFormat.LINES and not seen.is_packed
+
+
+def read_stretches(path: Path, config: IngestConfig, wanted: Wanted) -> Iterator[tuple[Stretch, float]]:
+    """As read_blocks, of a file that has stretches; none of them is read yet, and their lines are not counted."""
+    if columns := look(path, config).columns:
+        check_columns(path.name, columns, wanted, config)
+    with path.open("rb") as file:
+        size = max(os.fstat(file.fileno()).st_size, 1)
+        for stretch in cut_stretches(file, path, config.block_bytes, config.max_line_bytes):
+            yield stretch, min((stretch.start + stretch.size) / size, 1.0)
 
 
 def _cut(

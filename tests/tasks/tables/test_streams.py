@@ -39,6 +39,34 @@ def test_no_more_items_are_drawn_than_are_under_way() -> None:
     assert threading.active_count() < threads
 
 
+def test_so_many_threads_work_and_so_many_items_wait_as_are_named() -> None:
+    at_work, begun, let_go = list[int](), threading.Barrier(3), threading.Event()
+
+    def work(number: int) -> int:
+        at_work.append(number)
+        if number < 2:
+            begun.wait(60)
+            let_go.wait(60)
+        return number
+
+    drawn = list[int]()
+
+    def items() -> Iterator[int]:
+        for number in range(100):
+            drawn.append(number)
+            yield number
+
+    results = in_order(work, items(), threads=2, waiting=3)
+    taker = threading.Thread(target=lambda: next(results))
+    taker.start()
+    begun.wait(60)
+    time.sleep(0.05)
+    assert (sorted(at_work), len(drawn)) == ([0, 1], 7)
+    let_go.set()
+    taker.join(60)
+    assert list(results) == list(range(1, 100))
+
+
 def test_error_in_the_work_ends_the_stream() -> None:
     def fail_at_three(number: int) -> int:
         if number == 3:
