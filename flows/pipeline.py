@@ -17,11 +17,12 @@ from tasks.catalogue import catalogue
 from tasks.config import IngestConfig, Recipe
 from tasks.evaluate import evaluate
 from tasks.finetune import finetune
-from tasks.ingest import ingest
+from tasks.ingest import ingest, processes_beside
 from tasks.join import join
 from tasks.model import base_model
 from tasks.pack import pack
 from tasks.reading.columns import FIELDS
+from tasks.reading.files.apart import begin_ahead, end_begun
 from tasks.reading.files.blocks import check_files, look, resolve_kind
 from tasks.reading.sources import digest_files, find_files
 from tasks.refs import Adapter, Evaluation, HeldOut, Lineage, Prepared, Products, SavedModel, Shards, Source
@@ -66,7 +67,11 @@ def pipeline(recipe: Recipe, tune_there: Callable[[Recipe, Prepared], Tuned] = t
             model = base_model(recipe.model)
             if begun and not isinstance(model, Unknown):  # pyright: ignore[reportUnnecessaryIsInstance]  # while planning
                 load_ahead(model.tokenizer)
+            if begun:
+                begin_ahead(processes_beside(files[:1], reading))  # each file is read by itself
         products = read_products(source or digest_files(files), reading, extra)
+        if not isinstance(products, Unknown):  # pyright: ignore[reportUnnecessaryIsInstance]  # while planning
+            end_begun()
         others = digest_files(held_out_files, "sample.eval_sources") if held_out_files else None
         split = sample(products, recipe.sample, read_products(others, held_out_reading, extra) if others else None)
         conversations = sharegpt(split, recipe.sharegpt)

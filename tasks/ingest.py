@@ -127,28 +127,26 @@ def kept_tables(pieces: Iterable[Cleaned], config: IngestConfig, counts: LineCou
             count(counts.lines, piece.place.done)
 
 
-def processes_beside(source: Source, config: IngestConfig) -> int:
+def processes_beside(files: Iterable[Path], config: IngestConfig) -> int:
     """How many processes shall parse beside this one: none for input that they would take longer to start than to parse."""
-    if config.kind == "products" and sum(file.size_bytes for file in source.files) >= ASIDE_BYTES:
-        size = 0
-        for file in source.files:
-            size += file.size_bytes if has_stretches(Path(file.url), config) else 0
-            if size >= ASIDE_BYTES:
-                return min(cores() - 1, MOST_PROCESSES)
-    return 0
+    if config.kind != "products":
+        return 0
+    size = sum(path.stat().st_size for path in files if has_stretches(path, config))
+    return min(cores() - 1, MOST_PROCESSES) if size >= ASIDE_BYTES else 0
 
 
 @stage(version=1)
 def ingest(source: Source, config: IngestConfig, extra_columns: tuple[str, ...] = ()) -> Products:
     """Read, check, clean and de-duplicate the rows; `extra_columns` are kept beside uid, title and content."""
-    config = resolve_kind([Path(file.url) for file in source.files], config)
+    files = [Path(file.url) for file in source.files]
+    config = resolve_kind(files, config)
     wanted = columns_to_read(config, extra_columns)
     schema = product_schema(extra_columns) if config.kind == "products" else conversation_schema()
     need_bytes = sum(file.size_bytes for file in source.files) // 2
     with publish("products", need_bytes=need_bytes) as draft:
         with ExitStack() as stack:
             counts = LineCounts(config, stack)
-            others = processes_beside(source, config)
+            others = processes_beside(files, config)
             crew = stack.enter_context(crew_of(others, config, wanted)) if others else None
             pieces = stack.enter_context(closing(read_pieces(source, config, wanted, is_apart=others > 0)))
             work = partial(clean_piece, config=config, wanted=wanted, crew=crew)

@@ -21,7 +21,9 @@ from flows.recipes import load_recipe
 from tasks.caching.code.loading import collect_rarely
 from tasks.caching.files import digested_aside
 from tasks.caching.stage import Stage
-from tasks.ingest import ingest
+from tasks.ingest import ingest, processes_beside
+from tasks.reading.files.apart import begin_ahead
+from tasks.reading.files.blocks import resolve_kind
 from tasks.reading.model_files import directory_tokenizer
 from tasks.reading.sources import digest_files, find_files
 from tasks.sample import sample
@@ -54,6 +56,7 @@ def time_stages(recipe_name: str, source: str, tokenizer_directory: str, turns: 
     started = time.perf_counter()
     with digested_aside(files):  # as a run does
         load_ahead(tokenizer)
+        begin_ahead(processes_beside(files, resolve_kind(files, recipe.ingest)))
     located = digest_files(files)
     seconds["digest of the source"] = time.perf_counter() - started
     products = timed(ingest, source=located, config=recipe.ingest)

@@ -220,6 +220,23 @@ def test_a_process_that_runs_other_code_is_done_without(
     assert caplog.text.count("runs code that was edited since this one was started; its part is done in this one") == 1
 
 
+def test_a_crew_takes_over_what_was_begun_ahead(large: None, tmp_path: Path) -> None:
+    path = tmp_path / "trn.json"
+    path.write_bytes(b"\n".join(GOOD))
+    assert stage.processes_beside([path], IngestConfig(kind="products")) == 2
+    apart.begin_ahead(2)
+    begun = {child.pid for child in children()}
+    apart.begin_ahead(2)
+    assert {child.pid for child in children()} == begun
+    with crew_of(1, IngestConfig(), AS_WRITTEN) as crew:
+        assert crew.clean(Stretch(str(path), 0, 2**20))
+        assert {child.pid for child in children()} == begun
+    [left] = children()
+    assert left.pid in begun
+    apart.end_begun()
+    assert not children()
+
+
 def test_no_process_is_left_by_a_stage_that_fails(large: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "trn.json"
     path.write_bytes(b"\n".join([*GOOD, BAD]))

@@ -44,6 +44,9 @@ PIPE_BYTES = 2**20
 ALONE = {"OPENBLAS_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
 """Environment of a process that leaves the other cores to others."""
 
+_begun = list[subprocess.Popen[bytes]]()
+"""Without a task yet, for the next crew."""
+
 
 class Task(Value):
     """The settings of a process, the same for all its stretches."""
@@ -130,25 +133,40 @@ class Crew:
         return cleaned
 
 
+def begin_ahead(processes: int) -> None:
+    """Begin so many processes for the next crew, so that their libraries are loaded when its task is known."""
+    _begun.extend([_begin() for _ in range(processes - len(_begun))])
+
+
+def end_begun() -> None:
+    """End those that no crew has taken over."""
+    while _begun:
+        _end(_begun.pop())
+
+
 @contextmanager
 def crew_of(processes: int, config: IngestConfig, wanted: Wanted) -> Generator[Crew]:
     """A crew of this process and so many others, which end with the block."""
     task = Task(config=config, wanted=dict(wanted))
     with ExitStack() as stack:
-        others = [CleanerApart(stack.enter_context(_started()), task) for _ in range(processes)]
+        others = list[CleanerApart]()
+        for _ in range(processes):
+            process = _begun.pop() if _begun else _begin()
+            stack.callback(_end, process)
+            others.append(CleanerApart(process, task))
         yield Crew(Cleaner(config, wanted), others)
 
 
-@contextmanager
-def _started() -> Generator[subprocess.Popen[bytes]]:
+def _begin() -> subprocess.Popen[bytes]:
     command, environment = process_of(__name__)
-    with subprocess.Popen(
+    return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment | ALONE
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with process:
+        process.kill()
 
 
 def read_answer(file: IO[bytes]) -> CleanLines | None:
