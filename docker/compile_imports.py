@@ -17,6 +17,7 @@ MODULES = (
     "gguf",
     "matplotlib.backends.backend_svg",
     "matplotlib.pyplot",
+    "msgspec",
     "peft",
     "polars",
     "prefect.cli",

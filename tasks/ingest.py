@@ -2,8 +2,8 @@
 
     {"uid": "7", "title": "Pan &amp; Lid", "content": "Cast iron.", ...}  ->  ("7", "Pan & Lid", "Cast iron.")
 
-Blocks are parsed and cleaned by as many threads as there are cores and put back into their order (tasks/reading,
-tasks/tables/streams.py). Every line is kept, dropped for a counted reason, or rejected.
+Blocks are parsed and cleaned by as many threads as there are cores, those of a large file of JSON lines by other processes too
+(tasks/reading/files/apart.py), and put back into their order (tasks/tables/streams.py). Every line is kept, dropped for a counted reason, or rejected.
 """
 
 from __future__ import annotations
