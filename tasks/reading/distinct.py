@@ -18,7 +18,7 @@ Hashes = NDArray[np.uint64]
 """(2, members): upper and lower halves."""
 Flags = NDArray[np.bool_]
 
-SPILL_MEMBERS = 2**20
+SPILL_MEMBERS = 2**18
 """Longer runs are files without a name, gone with the process; only the pages in use are in memory."""
 BITMAP_BITS = 28
 MERGE_RUNS = 8

@@ -12,7 +12,7 @@ from tasks.reading.rows import LineBlock
 
 PIECE_BYTES = 2**16
 """Read at a time to find a line break."""
-STRETCH_BLOCKS = 2
+STRETCH_BLOCKS = 1.5
 """A stretch is so many blocks long, that what is done once for each takes less of the time."""
 MOST_BYTES = 2**30
 """Of a stretch but for its last line, however long a block is."""

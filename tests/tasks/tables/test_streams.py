@@ -60,7 +60,10 @@ def test_so_many_threads_work_and_so_many_items_wait_as_are_named() -> None:
     taker = threading.Thread(target=lambda: next(results))
     taker.start()
     begun.wait(60)
-    time.sleep(0.05)
+    until = time.monotonic() + 60
+    while len(drawn) < 7 and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.05)  # in which no more are drawn
     assert (sorted(at_work), len(drawn)) == ([0, 1], 7)
     let_go.set()
     taker.join(60)
