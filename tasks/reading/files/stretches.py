@@ -34,7 +34,7 @@ def cut_stretches(file: IO[bytes], path: Path, block_bytes: int, max_line_bytes:
     file.seek(0)
     start = len(BOM) if file.read(len(BOM)) == BOM else 0
     while start < end:
-        about = start + min(STRETCH_BLOCKS * block_bytes, MOST_BYTES)
+        about = start + min(int(STRETCH_BLOCKS * block_bytes), MOST_BYTES)
         cut = end if about >= end else _line_end(file, about, min(about + max_line_bytes + 1, end))
         if cut is None and about + max_line_bytes >= end:
             cut = end
