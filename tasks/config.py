@@ -210,7 +210,7 @@ class IngestConfig(Section):
     max_inflation: int = aside(200, ge=1)
     """A compressed file that unpacks to more than so many times its size is refused as a decompression bomb."""
     block_bytes: int = aside(6 * 2**20, ge=2**16, le=2**30)
-    """Bytes parsed at a time by one thread, half as many again by a process of its own; bounds memory, never changes the result."""
+    """Bytes parsed at a time by a thread, half as many again by another process; bounds memory, never changes the result."""
 
 
 class SampleConfig(Section):

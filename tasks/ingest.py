@@ -3,7 +3,8 @@
     {"uid": "7", "title": "Pan &amp; Lid", "content": "Cast iron.", ...}  ->  ("7", "Pan & Lid", "Cast iron.")
 
 Blocks are parsed and cleaned by as many threads as there are cores, those of a large file of JSON lines by other processes too
-(tasks/reading/files/apart.py), and put back into their order (tasks/tables/streams.py). Every line is kept, dropped for a counted reason, or rejected.
+(tasks/reading/files/apart.py), and put back into their order (tasks/tables/streams.py). Every line is kept, dropped for a
+counted reason, or rejected.
 """
 
 from __future__ import annotations
@@ -86,7 +87,16 @@ def read_pieces(source: Source, config: IngestConfig, wanted: Wanted, *, is_apar
         for block, share in read(path, config, wanted):
             yield Piece(Place(number, path.name, (before + share * file.size_bytes) / total), block)
         before += file.size_bytes
-        if file_digest(path) != file.digest:
+
+
+def check_unchanged(source: Source) -> None:
+    """Hold the files, read to their ends, against their digests.
+
+    Raises:
+        InputError: for one that has changed.
+    """
+    for path, digest in ((Path(file.url), file.digest) for file in source.files):
+        if file_digest(path) != digest:
             raise InputError(f"{path.name}: changed while it was read; expected a file that stays as it is. Run again.")
 
 
@@ -154,6 +164,7 @@ def ingest(source: Source, config: IngestConfig, extra_columns: tuple[str, ...] 
             stack.enter_context(closing(cleaned))
             tables = kept_tables(cleaned, config, counts, Distinct(draft.path))
             draft.rows = write_table(draft / "products.arrow", schema, fixed_batches(tables))
+        check_unchanged(source)
         rejects = counts.rejects
         if not source.is_shard:
             check_rejected([rejects] if rejects else [], counts.lines, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import shutil
@@ -15,7 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 
 import tasks.ingest as stage
@@ -24,7 +27,7 @@ from tasks.config import IngestConfig
 from tasks.ingest import ingest
 from tasks.reading.columns import AS_WRITTEN, Wanted
 from tasks.reading.files import apart
-from tasks.reading.files.apart import Cleaner, Crew, crew_of
+from tasks.reading.files.apart import Cleaner, CleanLines, Crew, crew_of, read_answer, write_answer
 from tasks.reading.files.blocks import read_stretches
 from tasks.reading.files.stretches import Stretch
 from tasks.reading.sources import locate_source
@@ -50,7 +53,7 @@ def children() -> list[psutil.Process]:
     found = list[psutil.Process]()
     for child in psutil.Process().children():
         with suppress(psutil.Error):  # it has just ended
-            found += [child] * (apart.__name__ in child.cmdline())
+            found += [child] * any(apart.__name__ in word for word in child.cmdline())
     return found
 
 
@@ -106,6 +109,7 @@ SOURCES = {
     "long lines": b"\n".join([*GOOD[:30], *(GOOD[0].replace(b"iron", b"i" * size) for size in (1800, 9999)), *GOOD[30:]]),
     "numbers": b"\n".join(line.replace(b'"uid": "7"', b'"uid": 7') for line in GOOD),
     "without uids": b"\n".join(line.replace(b'"uid"', b'"id"') for line in GOOD),
+    "empty for long": b"\n".join([*GOOD[:40], *[b'{"uid": "7", "title": " ", "content": ""}'] * 60]),
     "all bad": b"\n".join([GOOD[0], *[BAD] * 99]),
 }  # fmt: skip
 
@@ -172,6 +176,50 @@ def test_another_process_declines_what_is_not_well_formed(tmp_path: Path) -> Non
         assert told.empty()
 
 
+def test_an_answer_that_ends_before_its_rows_is_none() -> None:
+    table = pa.table({"uid": ["1", "2"], "title": ["a", "b"], "content": ["c", "d"]})
+    cleaned = CleanLines(table, np.ones((2, 2), np.uint64), {"empty title": 1}, 3)
+    whole, bare = io.BytesIO(), io.BytesIO()
+    write_answer(whole, cleaned)
+    write_answer(bare, cleaned._replace(table=table[:0], hashes=cleaned.hashes[:, :0]))
+    got = read_answer(io.BytesIO(whole.getvalue()))
+    assert got is not None
+    assert (got.table, got.dropped, got.lines) == (table, {"empty title": 1}, 3)
+    end = len(bare.getvalue()) - 8  # the mark of a stream's end
+    assert whole.getvalue()[: end - 1] == bare.getvalue()[: end - 1]
+    for size in (0, 5, end - 1, end, len(whole.getvalue()) - 9):
+        with pytest.raises((ValueError, OSError)):
+            read_answer(io.BytesIO(whole.getvalue()[:size]))
+
+
+def test_columns_are_named_as_they_are_in_any_locale(large: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "trn.json"
+    path.write_bytes(b"\n".join(line.replace(b'"uid"', '"código"'.encode()) for line in GOOD))
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    columns = {"uid": "código"}
+    with told_of() as told:
+        assert run(path, columns=columns) == run_alone(path, columns=columns)
+    assert (True, True) in told
+
+
+def test_a_file_that_changes_while_its_last_stretch_is_read_is_refused(
+    large: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "trn.json"
+    path.write_bytes(b"\n".join(GOOD))
+    before, size = Crew.clean, path.stat().st_size
+
+    def clean(self: Crew, stretch: Stretch) -> Any:
+        if stretch.start + stretch.size == size:
+            time.sleep(0.5)  # all stretches have been drawn
+            path.write_bytes(b"\n".join(reversed(GOOD)))
+        return before(self, stretch)
+
+    monkeypatch.setattr(Crew, "clean", clean)
+    with pytest.raises(InputError, match="changed while it was read"):
+        run(path)
+
+
 def test_what_a_process_that_ends_leaves_undone_is_done_here(
     large: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -198,7 +246,7 @@ def test_a_process_that_answers_nonsense_is_done_without(
 ) -> None:
     path = tmp_path / "trn.json"
     path.write_bytes(b"\n".join(GOOD))
-    monkeypatch.setattr(apart, "process_of", lambda _: (command, dict(os.environ)))
+    monkeypatch.setattr(apart, "process_of", lambda *_: (command, dict(os.environ)))
     assert run(path) == run_alone(path)
     assert not children()
 
@@ -209,9 +257,9 @@ def test_a_process_that_runs_other_code_is_done_without(
     path = tmp_path / "trn.json"
     path.write_bytes(b"\n".join(GOOD))
     shutil.copytree(PROJECT / "tasks", tmp_path / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
-    command, environment = apart.process_of(apart.__name__)
+    command, environment = apart.process_of(apart.__name__, apart.answer_all.__name__)
     edited = environment | {"PYTHONPATH": f"{tmp_path}:{environment['PYTHONPATH']}"}
-    monkeypatch.setattr(apart, "process_of", lambda _: (command, edited))
+    monkeypatch.setattr(apart, "process_of", lambda *_: (command, edited))
     assert run(path) == run_alone(path)
     assert caplog.text == ""  # it is what was read just now
     edit = tmp_path / "tasks/reading/cleaning.py"

@@ -86,15 +86,16 @@ def collect_rarely() -> None:
     gc.set_threshold(young, middle, 100)
 
 
-def process_of(module: str) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of another process that runs a module of ours, whatever lies where this one was started."""
+def process_of(module: str, function: str) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of another process that calls a function of ours, whatever lies where this one was started."""
     paths = [str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return [sys.executable, "-P", "-m", module], os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    code = f"from {__name__} import {load_what_was_read.__name__} as load; load(); from {module} import {function} as run; run()"
+    return [sys.executable, "-P", "-c", code], os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def imported_code() -> dict[str, str]:
-    """{path: SHA-256} of the modules of ours that this process has imported, and of the one that it runs."""
-    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in (*FIRST_PARTY, "__main__")]
+    """{path: SHA-256} of the modules of ours that this process has imported."""
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in FIRST_PARTY]
     paths = [path for module in modules if (path := getattr(module, "__file__", None))]
     return {path: _code_digest(path) for path in paths}
 

@@ -2,8 +2,6 @@
 
 A process takes its task, then a stretch a line, on its standard input. It tells which code it runs; then it answers each stretch
 with a line of JSON and, unless that is null, an Arrow IPC stream. It ends with its input, however the one that began it ended.
-
-    python -m tasks.reading.files.apart
 """
 
 from __future__ import annotations
@@ -151,14 +149,26 @@ def crew_of(processes: int, config: IngestConfig, wanted: Wanted) -> Generator[C
     with ExitStack() as stack:
         others = list[CleanerApart]()
         for _ in range(processes):
-            process = _begun.pop() if _begun else _begin()
+            process = _take_begun() or _begin()
             stack.callback(_end, process)
             others.append(CleanerApart(process, task))
         yield Crew(Cleaner(config, wanted), others)
 
 
+def _take_begun() -> subprocess.Popen[bytes] | None:
+    """One that lives, if there is any."""
+    while True:
+        try:
+            process = _begun.pop()
+        except IndexError:
+            return None
+        if process.poll() is None:
+            return process
+        _end(process)
+
+
 def _begin() -> subprocess.Popen[bytes]:
-    command, environment = process_of(__name__)
+    command, environment = process_of(__name__, answer_all.__name__)
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment | ALONE
     )
@@ -183,6 +193,8 @@ def read_answer(file: IO[bytes]) -> CleanLines | None:
     with pa.ipc.open_stream(pa.PythonFile(file, "r")) as stream:
         table = stream.read_all()
     texts = table.num_columns - 2
+    if table.num_rows + sum(told["dropped"].values()) != told["lines"]:
+        raise ValueError("cut short")
     hashes = np.stack([table.column(texts + half).to_numpy() for half in range(2)])
     return CleanLines(table.select(range(texts)), hashes, told["dropped"], told["lines"])
 
@@ -202,18 +214,15 @@ def write_answer(file: IO[bytes], cleaned: CleanLines | None) -> None:
     file.flush()
 
 
-def answer_all(asked: IO[str], told: IO[bytes]) -> None:
-    """Answer until there are no more questions."""
+def answer_all() -> None:
+    """Answer on the standard output until there are no more questions on the standard input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all of its processes
+    asked, told = sys.stdin.buffer, sys.stdout.buffer
     with suppress(OSError):  # a user who has asked for too much already
         fcntl.fcntl(told.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    task = Task.model_validate_json(asked.readline())
-    cleaner = Cleaner(task.config, task.wanted)
-    told.write(json.dumps(imported_code()).encode() + b"\n")
-    for line in asked:
-        write_answer(told, cleaner.clean(Stretch(*json.loads(line))))
-
-
-if __name__ == "__main__":
     with suppress(BrokenPipeError):  # whoever asked has ended
-        answer_all(sys.stdin, sys.stdout.buffer)
+        task = Task.model_validate_json(asked.readline())
+        cleaner = Cleaner(task.config, task.wanted)
+        told.write(json.dumps(imported_code()).encode() + b"\n")
+        for line in asked:
+            write_answer(told, cleaner.clean(Stretch(*json.loads(line))))

@@ -1,7 +1,7 @@
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false
 """Operators for GPUs that torch.compile sees through, and their Triton kernels.
 
-Imported where there is a GPU, for torch's CPU build has no Triton.
+Imported where there is a GPU, for torch's CPU build has no Triton. Grids have one dimension: any other ends at 65,535.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ def _gradients(grad, both, width, at, gelu: tl.constexpr):
 @triton.jit
 def _gated_backward(grad, both, out, width, chunk: tl.constexpr, gelu: tl.constexpr):
     """A chunk of a row of silu(gate) * up, or gelu's, backwards."""
-    row = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0) * chunk + tl.arange(0, chunk)
+    parts = tl.cdiv(width, chunk)
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    at = tl.program_id(0) % parts * chunk + tl.arange(0, chunk)
     of_gate, of_up = _gradients(grad + row * width, both + row * 2 * width, width, at, gelu)
     out += row * 2 * width
     tl.store(out + at, of_gate.to(out.dtype.element_ty), mask=at < width)
@@ -98,8 +99,9 @@ def _put_low(low, scale, balance, out8, tokens, rank, start, width8, rows: tl.co
 @triton.jit
 def _turned_back(q, k, v, cos, sin, out, queries, keys, half, heads: tl.constexpr, block: tl.constexpr):
     """Some of a token's heads out of gradients of q, k and v, those of q and k turned back; both halves of a head at once."""
-    token = tl.program_id(1).to(tl.int64)
-    head = (tl.program_id(0) * heads + tl.arange(0, heads))[:, None]
+    parts = tl.cdiv(queries + 2 * keys, heads)
+    token = (tl.program_id(0) // parts).to(tl.int64)
+    head = (tl.program_id(0) % parts * heads + tl.arange(0, heads))[:, None]
     at = tl.arange(0, block)[None, :]
     of_q, of_k = head < queries, (head >= queries) & (head < queries + keys)
     of_v = (head >= queries + keys) & (head < queries + 2 * keys)
@@ -123,7 +125,7 @@ def _turned_back(q, k, v, cos, sin, out, queries, keys, half, heads: tl.constexp
 def gated_backward(grad: Tensor, both: Tensor, gelu: bool) -> Tensor:
     """The gradient (T, 2 I) of gate and up, side by side in `both` (T, 2 I), of that of silu(gate) * up or gelu's, (T, I)."""
     out, width = torch.empty_like(both), both.shape[1] // 2
-    grid = (triton.cdiv(width, CHUNK), len(both))
+    grid = (len(both) * triton.cdiv(width, CHUNK),)
     wrap_triton(_gated_backward)[grid](grad.contiguous(), both.contiguous(), out, width, chunk=CHUNK, gelu=gelu)
     return out
 
@@ -161,7 +163,7 @@ def turned_back(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Te
     tokens, queries, size = q.shape
     keys, block = k.shape[1], triton.next_power_of_2(size // 2)
     out, heads = q.new_empty(tokens, queries + 2 * keys, size), max(PAIRS // block, 1)
-    grid = (triton.cdiv(queries + 2 * keys, heads), tokens)
+    grid = (tokens * triton.cdiv(queries + 2 * keys, heads),)
     given = (part.contiguous() for part in (q, k, v, cos, sin))
     wrap_triton(_turned_back)[grid](*given, out, queries, keys, size // 2, heads=heads, block=block)
     return out

@@ -511,11 +511,13 @@ def test_on_a_gpu_a_map_and_its_gradients_stay_near_to_float32(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("queries", "keys", "size"), [(32, 8, 128), (10, 10, 96), (8, 1, 256), (4, 2, 16)])
-def test_on_a_gpu_heads_are_turned_and_turned_back_as_on_the_cpu(queries: int, keys: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "queries", "keys", "size"), [(9, 32, 8, 128), (9, 10, 10, 96), (9, 8, 1, 256), (70_000, 4, 2, 16)]
+)
+def test_on_a_gpu_heads_are_turned_and_turned_back_as_on_the_cpu(tokens: int, queries: int, keys: int, size: int) -> None:
     needs_cuda()
-    angles, parts = torch.rand(9, size // 2).repeat(1, 2), (queries, keys, keys)
-    heads, *grads = (torch.randn(9, count, size).bfloat16() for count in (sum(parts), *parts))
+    angles, parts = torch.rand(tokens, size // 2).repeat(1, 2), (queries, keys, keys)
+    heads, *grads = (torch.randn(tokens, count, size).bfloat16() for count in (sum(parts), *parts))
 
     def turned(device: str, dtype: torch.dtype) -> list[Tensor]:
         given = heads.detach().to(device).requires_grad_()
