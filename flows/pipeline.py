@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from tasks.baseline import baseline
-from tasks.caching.context import planning, within
+from tasks.caching.context import context, planning, within
 from tasks.caching.files import digested_aside
 from tasks.caching.plans import Plan, Unknown
 from tasks.caching.stage import StageReached, lineage
@@ -69,9 +69,11 @@ def pipeline(recipe: Recipe, tune_there: Callable[[Recipe, Prepared], Tuned] = t
                 load_ahead(model.tokenizer)
             if begun:
                 begin_ahead(processes_beside(files[:1], reading))  # each file is read by itself
-        products = read_products(source or digest_files(files), reading, extra)
-        if not isinstance(products, Unknown):  # pyright: ignore[reportUnnecessaryIsInstance]  # while planning
-            end_begun()
+        try:
+            products = read_products(source or digest_files(files), reading, extra)
+        finally:
+            if context().plan is None:  # else the run that follows takes them over
+                end_begun()
         others = digest_files(held_out_files, "sample.eval_sources") if held_out_files else None
         split = sample(products, recipe.sample, read_products(others, held_out_reading, extra) if others else None)
         conversations = sharegpt(split, recipe.sharegpt)

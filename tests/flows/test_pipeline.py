@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from subprocess import Popen
 
 import pytest
 
@@ -12,6 +15,7 @@ from flows import pipeline
 from flows.recipes import build_recipe
 from tasks.caching import files
 from tasks.config import Recipe
+from tasks.reading.files import apart
 from tasks.text import encoding
 from tests.support.here import make_here
 from tests.support.tiny import make_tiny_model
@@ -38,6 +42,21 @@ def test_a_large_source_is_digested_aside_and_the_tokenizer_loaded_once(recipe: 
     assert "tokenize" in make_here(recipe, "tokenize")
     assert loaded == [Path(recipe.model.id)]
     assert recipe.ingest.sources[0] not in map(str, digested_here)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_begun_while_a_large_source_is_digested_ends_with_ingest(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    begun, begin = list[Popen[bytes]](), apart._begin  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(apart, "_begin", lambda: begun.append(begin()) or begun[-1])
+    monkeypatch.setattr(files, "ASIDE_BYTES", 1)
+    monkeypatch.setattr(pipeline, "processes_beside", lambda *_: 2)
+    if fails:
+        monkeypatch.setattr(pipeline, "read_products", lambda *_: pytest.fail("no products"))
+    with pytest.raises(pytest.fail.Exception) if fails else nullcontext():
+        make_here(recipe, "ingest")
+    assert [process.poll() for process in begun] == [-signal.SIGKILL] * 2
 
 
 def test_nothing_is_loaded_ahead_for_a_small_source(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
