@@ -25,6 +25,7 @@ from flows.bench.products import product_file, table_file
 from flows.choices import Written
 from tasks.caching.versions import package_versions
 from tasks.refs import InputError, home
+from tasks.tables.streams import cores
 
 CONVERSATIONS = 100_000
 """As in the document."""
@@ -157,7 +158,7 @@ def machine() -> dict[str, Any]:
     )
     return {
         "processor": model or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": platform.platform(),
         "python": platform.python_version(),
